@@ -1,0 +1,76 @@
+"""What public functions demand of their arguments: an error names the argument, what came and what was wanted.
+
+A lost check here can mean wrong numbers further on, so the ones that JAX itself would not catch raise by themselves and
+survive `python -O` and `chex.disable_asserts()`; a plain shape mismatch, which no einsum lets through, is left to chex.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def floating(name: str, array: Any) -> jax.Array:
+    """Returns `array` as a JAX array; TypeError unless its dtype is a real floating one."""
+    array = _array(name, array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a real floating dtype (float16, bfloat16, float32, float64), got {array.dtype}"
+        )
+    return array
+
+
+def integer(name: str, array: Any) -> jax.Array:
+    """Returns `array` as an int32 JAX array; TypeError unless its dtype is an integer one."""
+    array = _array(name, array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    return array.astype(jnp.int32)
+
+
+def boolean(name: str, array: Any) -> jax.Array:
+    """Returns `array` as a JAX array; TypeError unless it is boolean."""
+    array = _array(name, array)
+    if array.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be boolean, got dtype {array.dtype}")
+    return array
+
+
+def rank(name: str, array: jax.Array, letters: str) -> None:
+    """ValueError unless `array` has an axis for each letter of `letters`, or more where `letters` begins with '...'."""
+    axes = letters.replace("...", "").replace(",", " ").split()
+    open_ended = letters.startswith("...")
+    if array.ndim < len(axes) or (array.ndim > len(axes) and not open_ended):
+        raise ValueError(f"{name} must be [{letters}], got shape {array.shape} with {array.ndim} axes")
+
+
+def shape(name: str, array: jax.Array, letters: str, sizes: tuple[Any, ...]) -> None:
+    """ValueError unless `array` has the shape `sizes`, spelled `letters` in the message."""
+    wanted = f"{name} must be [{letters}] = {_spell(sizes)}, got shape {_spell(array.shape)}"
+    chex.assert_shape(array, sizes, exception_type=ValueError, custom_message=wanted)
+
+
+def divides(num_kv_heads: int, num_heads: int) -> None:
+    """ValueError unless the number of key/value heads divides the number of query heads."""
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"the number of key/value heads must divide the number of query heads: "
+            f"got num_kv_heads K={num_kv_heads} and num_heads N={num_heads}"
+        )
+
+
+def wide(*arrays: Any) -> Any:
+    """Returns the dtype in which sums over `arrays` are taken: float64 if any is, else float32."""
+    return jnp.float64 if any(jnp.result_type(array) == jnp.float64 for array in arrays) else jnp.float32
+
+
+def _array(name: str, array: Any) -> jax.Array:
+    try:
+        return jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}") from error
+
+
+def _spell(sizes: tuple[Any, ...]) -> str:
+    return "[" + ", ".join(map(str, sizes)) + "]"

@@ -1,0 +1,54 @@
+"""The layer: projections round attention."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jattn import checks
+from jattn.dispatch import attention
+from jattn.params import Params
+from jattn.projection import project, project_out
+
+
+def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Any) -> jax.Array:
+    """Attends from rows to rows: the whole layer.
+
+        y = heads(attention(x wq + bq, c wk + bk, c wv + bv)) wo + bo,   c = x if context is None else context
+
+    Args:
+      params: `Params`, from `init` or `from_matrices`.
+      x: `[..., T, D]` rows that ask.
+      context: `[..., S, C]` rows that are asked (cross-attention). None: `x`.
+      **options: mask, scores, scale, q_offset, q_positions, kv_positions, dropout and implementation, as in
+        `attention`.
+
+    Returns:
+      `[..., T, E]`, or without an output projection the heads side by side, `[..., T, N*V]`.
+
+    Raises:
+      ValueError, TypeError: as in `project` and `attention`.
+    """
+    query, key, value = project(params, x, context)
+    return project_out(params, attention(query, key, value, **options))
+
+
+def context_vector(params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Any) -> jax.Array:
+    """Sums the attended rows into one vector.
+
+        c = Σ_t attend(params, x)_t
+
+    Sums are taken in float32 or wider.
+
+    Args:
+      params: `Params`. x: `[..., T, D]`. context: `[..., S, C]` or None. **options: as in `attend`.
+
+    Returns:
+      `[..., E]`, or `[..., N*V]` without an output projection.
+
+    Raises:
+      ValueError, TypeError: as in `attend`.
+    """
+    rows = attend(params, x, context, **options)
+    return jnp.sum(rows, axis=-2, dtype=checks.wide(rows)).astype(rows.dtype)

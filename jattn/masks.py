@@ -1,0 +1,525 @@
+"""Masks: which key positions a query position may attend to, as values with an algebra.
+
+A mask is a predicate of positions, `(q_pos, kv_pos) -> bool`, True where attending is allowed. It is written once and
+read twice: with arrays of positions it is a boolean array; with intervals of positions (`values.Interval`) it tells
+whether a whole block is empty, full or partial, without looking inside.
+
+    Causal() & Window(255, 0)      both must allow            picture of Causal(), T = S = 4, queries downwards:
+    Prefix(64) | Causal()          either may allow               █···
+    ~Causal()                      the opposite                   ██··
+                                                                  ███·
+                                                                  ████
+
+Arrays that masks carry have the batch dims in front, aligned right; with one more leading dim than the batch has, that
+dim is the heads. Every array is dynamic: new arrays do not recompile. Every int is static: blocks are decided while
+tracing.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.values import Interval, Value
+
+
+class Mask(Value):
+    """A predicate of positions. A subclass declares its fields and `__call__`; `& | ~` come from here."""
+
+    ordered: ClassVar[bool] = True  # whether it compares query positions with key positions
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        """Returns whether each query position may attend to each key position.
+
+        Args:
+          q_pos: int32 positions `[..., T, 1]`, or the `Interval` of each query block.
+          kv_pos: int32 positions `[..., 1, S]`, or the `Interval` of each key block.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether it compares query positions with key positions, so that their offset must be known."""
+        return self.ordered
+
+    def __and__(self, other: Any) -> "Mask":
+        return _both(self, as_mask(other))
+
+    def __or__(self, other: Any) -> "Mask":
+        return _either(self, as_mask(other))
+
+    def __rand__(self, other: Any) -> "Mask":
+        return as_mask(other) & self
+
+    def __ror__(self, other: Any) -> "Mask":
+        return as_mask(other) | self
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    __array_ufunc__ = None  # so that a NumPy array & a mask is this algebra's business
+
+    def to_array(self, T: int, S: int, *, q_offset: int = 0) -> jax.Array:
+        """Returns the mask as a boolean array `[..., T, S]`, `...` being the leading dims of the arrays it carries.
+
+        Args:
+          T: number of queries, at positions q_offset, q_offset + 1, ...
+          S: number of keys, at positions 0, 1, ...
+          q_offset: position of the first query.
+        """
+        lead = np.broadcast_shapes(*_leading(self)) or (1,)
+        sizes = (*lead, 1, T, S)
+        q_pos, kv_pos = _positions(len(sizes), T, S, q_offset)
+        allowed = jnp.broadcast_to(self.lay_out(sizes)(q_pos, kv_pos), sizes)
+        return allowed.reshape((*np.broadcast_shapes(*_leading(self)), T, S))
+
+    def picture(self, T: int, S: int, *, q_offset: int = 0, width: int = 64) -> str:
+        """Draws the mask, queries downwards and keys across: █ may attend, · may not, ▒ some of that block may.
+
+        A large mask is drawn by blocks, from intervals, so nothing of T x S is ever built. A mask that differs
+        between examples or heads shows the first.
+
+        Args:
+          T: number of queries, at positions q_offset, q_offset + 1, ...
+          S: number of keys, at positions 0, 1, ...
+          q_offset: position of the first query.
+          width: most characters across; half as many lines.
+        """
+        lead = np.broadcast_shapes(*_leading(self)) or (1,)
+        sizes = (*lead, 1, T, S)
+        first = jax.tree.map(lambda a: a[(slice(0, 1),) * (a.ndim - 2)], self.lay_out(sizes))
+        q_pos, kv_pos = (p.astype(np.int32) for p in _positions(len(sizes), T, S, q_offset))
+        block_q, block_kv = max(1, -(-T // max(width // 2, 1))), max(1, -(-S // width))
+        if block_q == block_kv == 1:
+            allowed = np.broadcast_to(np.asarray(first(q_pos, kv_pos)), (1,) * (len(sizes) - 2) + (T, S))
+            cells = np.where(allowed.reshape(T, S), "█", "·")
+        else:
+            empty, full = (np.asarray(x) for x in blocks(first, q_pos, kv_pos, block_q, block_kv))
+            cells = np.where(full, "█", np.where(empty, "·", "▒"))
+        return "\n".join("".join(row) for row in cells)
+
+
+def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> tuple[Any, Any]:
+    """Tells of each block of a laid out mask whether it is surely empty, and whether it is surely full.
+
+        empty_ij = not possible(mask on q block i, kv block j),   full_ij = certain(mask on q block i, kv block j)
+
+    Args:
+      mask: a mask whose arrays are `[..., T, S]`, each axis full or 1.
+      q_pos: `[..., T, 1]` positions; NumPy positions and static masks give NumPy answers.
+      kv_pos: `[..., 1, S]` positions.
+      block_q: rows of a block. block_kv: its columns. What is left over makes a smaller last block.
+
+    Returns:
+      empty and full, each bool `[T / block_q, S / block_kv]`, over all leading axes together.
+    """
+    T, S = q_pos.shape[-2], kv_pos.shape[-1]
+    shape = (-(-T // block_q), -(-S // block_kv))
+
+    def interval(array: Any) -> Interval:
+        xp = np if isinstance(array, np.ndarray) else jnp
+        flat = array.reshape((-1, *array.shape[-2:]))
+        return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
+
+    verdict = Interval.of(jax.tree.map(interval, mask)(interval(q_pos), interval(kv_pos)))
+    xp = np if isinstance(verdict.lo, np.ndarray | np.bool_) and isinstance(verdict.hi, np.ndarray | np.bool_) else jnp
+    return ~xp.broadcast_to(verdict.hi, shape), xp.broadcast_to(verdict.lo, shape)
+
+
+def _by_block(xp: Any, array: Any, block_q: int, block_kv: int, pick: str) -> Any:
+    """The least or greatest element of each block: [X, T, S] -> [nq, nk], an axis of 1 staying 1."""
+    for axis, block in ((1, block_q), (2, block_kv)):
+        size = array.shape[axis]
+        if size == 1:
+            continue
+        short = -size % block
+        if not (isinstance(short, int) and short == 0):
+            widths = [(0, 0)] * 3
+            widths[axis] = (0, short)
+            array = xp.pad(array, widths, mode="edge")
+        shape = array.shape
+        array = array.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :]))
+        array = getattr(array, pick)(axis=axis + 1)
+    return getattr(array, pick)(axis=0)
+
+
+class Full(Mask):
+    """Every query may attend to every key: True."""
+
+    ordered: ClassVar[bool] = False
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return np.True_
+
+    def __invert__(self) -> Mask:
+        return Empty()
+
+
+class Empty(Mask):
+    """No query may attend to any key: False."""
+
+    ordered: ClassVar[bool] = False
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return np.False_
+
+    def __invert__(self) -> Mask:
+        return Full()
+
+
+class Causal(Mask):
+    """A query sees its own position and those before it: kv_pos <= q_pos.
+
+    T = S = 4:           T = 2, S = 4, q_offset = 2 (decoding):
+        █···                 ███·
+        ██··                 ████
+        ███·
+        ████
+    """
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return kv_pos <= q_pos
+
+
+class Window(Mask):
+    """A query sees `left` positions before its own and `right` after it, both inclusive, and its own.
+
+        q_pos - left <= kv_pos <= q_pos + right
+
+    Window(1, 0):        Window(0, 0):        Window(None, 1):
+        █···                 █···                 ██··
+        ██··                 ·█··                 ███·
+        ·██·                 ··█·                 ████
+        ··██                 ···█                 ████
+
+    Args:
+      left: int, or an int array `[...]`, >= 0; None is open.
+      right: likewise.
+    """
+
+    left: Any
+    right: Any
+    axes: ClassVar[dict[str, str]] = {"left": "", "right": ""}
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            _check_count(f"Window {name}", getattr(self, name), optional=True)
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        allowed = np.True_ if self.left is None else q_pos - kv_pos <= self.left
+        return allowed & (np.True_ if self.right is None else kv_pos - q_pos <= self.right)
+
+
+def SlidingWindow(n: int) -> Mask:
+    """A query sees the last `n` positions, its own included: Causal() with Window(n - 1, 0).
+
+    SlidingWindow(2), T = S = 4:
+        █···
+        ██··
+        ·██·
+        ··██
+
+    Args:
+      n: number of keys seen, at least 1.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"SlidingWindow n must be a positive int (n keys, the query's own included), got {n!r}")
+    return Window(n - 1, 0)
+
+
+class Prefix(Mask):
+    """Every query sees the first `length` positions: kv_pos < length. A prefix LM is `Prefix(length) | Causal()`.
+
+    Prefix(2), T = S = 4:        Prefix(2) | Causal():
+        ██··                         ██··
+        ██··                         ██··
+        ██··                         ███·
+        ██··                         ████
+
+    Args:
+      length: int, or an int array `[...]`.
+    """
+
+    length: Any
+    axes: ClassVar[dict[str, str]] = {"length": ""}
+    ordered: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_count("Prefix length", self.length)
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return kv_pos < self.length
+
+
+class Lengths(Mask):
+    """Queries and keys at or past a length are padding: q_pos < q and kv_pos < kv.
+
+    Lengths(q=3, kv=2), T = S = 4:
+        ██··
+        ██··
+        ██··
+        ····
+
+    Args:
+      q: number of live query positions: int, or an int array `[...]`; None is all.
+      kv: number of live key positions, likewise.
+    """
+
+    q: Any = None
+    kv: Any = None
+    axes: ClassVar[dict[str, str]] = {"q": "", "kv": ""}
+    ordered: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("q", "kv"):
+            _check_count(f"Lengths {name}", getattr(self, name), optional=True)
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        allowed = np.True_ if self.q is None else q_pos < self.q
+        return allowed & (np.True_ if self.kv is None else kv_pos < self.kv)
+
+
+class Segments(Mask):
+    """A query sees the keys of its own segment: q == kv and q >= 0. Negative ids are padding.
+
+    Segments([0, 0, 1, -1]), T = S = 4:
+        ██··
+        ██··
+        ··█·
+        ····
+
+    Args:
+      q: int array `[..., T]`, the segment of each query.
+      kv: int array `[..., S]`, the segment of each key. None: `q`, which asks for T = S.
+    """
+
+    q: Any
+    kv: Any = None
+    axes: ClassVar[dict[str, str]] = {"q": "T", "kv": "S"}
+    ordered: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("q", "kv"):
+            _check_array(f"Segments {name}", getattr(self, name), jnp.integer, 1, optional=name == "kv")
+
+    def lay_out(self, sizes: tuple[int, ...]) -> "Segments":
+        return super(Segments, self.replace(kv=self.q) if self.kv is None else self).lay_out(sizes)
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return (self.q == self.kv) & (self.q >= 0)
+
+
+class Dense(Mask):
+    """An explicit mask, for what no predicate says.
+
+    Args:
+      array: bool, broadcastable to `[..., N, T, S]`.
+    """
+
+    array: Any
+    axes: ClassVar[dict[str, str]] = {"array": "NTS"}
+    ordered: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_array("Dense array", self.array, jnp.bool_, 0)
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return self.array
+
+
+class Function(Mask):
+    """A predicate of one's own: fn(q_pos, kv_pos, *args) -> bool.
+
+    Nothing is known of a block in advance, so every block is computed.
+
+    Args:
+      fn: elementwise in int32 positions that broadcast against one another. Equal functions do not recompile; a fresh
+        lambda does.
+      args: arrays or pytrees of arrays, handed to `fn` whole. No gradient flows into them.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    payload: ClassVar[tuple[str, ...]] = ("args",)
+
+    def __init__(self, fn: Callable[..., Any], *args: Any) -> None:
+        if not callable(fn):
+            raise TypeError(f"Function fn must be callable, fn(q_pos, kv_pos, *args), got {fn!r}")
+        object.__setattr__(self, "fn", fn)
+        object.__setattr__(self, "args", args)
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        if isinstance(q_pos, Interval):
+            return Interval(np.False_, np.True_)
+        allowed = self.fn(q_pos, kv_pos, *jax.tree.map(lambda a: a.reshape(a.shape[q_pos.ndim :]), self.args))
+        if jnp.result_type(allowed) != jnp.bool_:
+            raise TypeError(f"Function mask {_name(self.fn)} must return booleans, got {jnp.result_type(allowed)}")
+        return allowed
+
+
+class And(Mask):
+    """All of the masks must allow."""
+
+    masks: tuple[Mask, ...]
+
+    @property
+    def is_ordered(self) -> bool:
+        return any(mask.is_ordered for mask in self.masks)
+
+    def lay_out(self, sizes: tuple[int, ...]) -> "And":
+        return self.replace(masks=tuple(mask.lay_out(sizes) for mask in self.masks))
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        allowed = self.masks[0](q_pos, kv_pos)
+        for mask in self.masks[1:]:
+            allowed = allowed & mask(q_pos, kv_pos)
+        return allowed
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({m!r})" if isinstance(m, Or) else repr(m) for m in self.masks)
+
+
+class Or(Mask):
+    """Any of the masks may allow."""
+
+    masks: tuple[Mask, ...]
+
+    @property
+    def is_ordered(self) -> bool:
+        return any(mask.is_ordered for mask in self.masks)
+
+    def lay_out(self, sizes: tuple[int, ...]) -> "Or":
+        return self.replace(masks=tuple(mask.lay_out(sizes) for mask in self.masks))
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        allowed = self.masks[0](q_pos, kv_pos)
+        for mask in self.masks[1:]:
+            allowed = allowed | mask(q_pos, kv_pos)
+        return allowed
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.masks))
+
+
+class Not(Mask):
+    """What the mask does not allow."""
+
+    mask: Mask
+
+    @property
+    def is_ordered(self) -> bool:
+        return self.mask.is_ordered
+
+    def lay_out(self, sizes: tuple[int, ...]) -> "Not":
+        return self.replace(mask=self.mask.lay_out(sizes))
+
+    def __invert__(self) -> Mask:
+        return self.mask
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return ~self.mask(q_pos, kv_pos)
+
+    def __repr__(self) -> str:
+        return f"~({self.mask!r})" if isinstance(self.mask, And | Or) else f"~{self.mask!r}"
+
+
+def as_mask(mask: Any) -> Mask:
+    """Returns `mask` as a Mask: None is Full(), a boolean array is Dense; TypeError for anything else."""
+    if mask is None:
+        return Full()
+    if isinstance(mask, Mask):
+        return mask
+    if hasattr(mask, "dtype") or isinstance(mask, bool | list):
+        if jnp.result_type(mask) == jnp.bool_:
+            return Dense(jnp.asarray(mask))
+        raise TypeError(
+            f"mask must be boolean, True where attending is allowed, got dtype {jnp.result_type(mask)}; "
+            f"what is added to the scores is jattn.scores.Bias"
+        )
+    raise TypeError(f"mask must be a boolean array or a mask of jattn.masks, got {type(mask).__name__}")
+
+
+def guard(keep: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Puts 0 for queries that may attend to nothing and for keys and values that nobody may attend to.
+
+    They may hold NaN or Inf, and masking the scores is not enough: a weight of 0 times NaN is NaN, in the output and,
+    through the other operand, in every gradient.
+
+    Args:
+      keep: `[..., G, T, S]` bool. q: `[..., G, T, H]`. k: `[..., S, H]`. v: `[..., S, V]`.
+    """
+    asks, answers = keep.any(-1)[..., None], keep.any((-3, -2))[..., None]
+    return jnp.where(asks, q, 0), jnp.where(answers, k, 0), jnp.where(answers, v, 0)
+
+
+def _both(a: Mask, b: Mask) -> Mask:
+    if isinstance(a, Empty) or isinstance(b, Full):
+        return a
+    if isinstance(b, Empty) or isinstance(a, Full):
+        return b
+    parts = (a.masks if isinstance(a, And) else (a,)) + (b.masks if isinstance(b, And) else (b,))
+    return _joined(And, parts)
+
+
+def _either(a: Mask, b: Mask) -> Mask:
+    if isinstance(a, Full) or isinstance(b, Empty):
+        return a
+    if isinstance(b, Full) or isinstance(a, Empty):
+        return b
+    parts = (a.masks if isinstance(a, Or) else (a,)) + (b.masks if isinstance(b, Or) else (b,))
+    return _joined(Or, parts)
+
+
+def _joined(kind: Callable[[tuple[Mask, ...]], Mask], parts: tuple[Mask, ...]) -> Mask:
+    different: list[Mask] = []
+    for part in parts:
+        if part not in different:
+            different.append(part)
+    return different[0] if len(different) == 1 else kind(tuple(different))
+
+
+def _leading(mask: Mask) -> list[tuple[int, ...]]:
+    """The leading dims of every array that the mask carries."""
+    if isinstance(mask, And | Or):
+        return [lead for part in mask.masks for lead in _leading(part)]
+    if isinstance(mask, Not):
+        return _leading(mask.mask)
+    arrays = [(np.shape(getattr(mask, name)), len(axes.replace("N", ""))) for name, axes in mask.axes.items()]
+    return [shape[: max(len(shape) - own, 0)] for shape, own in arrays]
+
+
+def _positions(ndim: int, T: int, S: int, q_offset: int) -> tuple[np.ndarray, np.ndarray]:
+    q_pos = np.arange(q_offset, q_offset + T, dtype=np.int32).reshape((1,) * (ndim - 2) + (T, 1))
+    return q_pos, np.arange(S, dtype=np.int32).reshape((1,) * (ndim - 1) + (S,))
+
+
+def _check_count(name: str, value: Any, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an int{', None' if optional else ''} or an integer array, got {value!r}")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+        return
+    _check_array(name, value, jnp.integer, 0)
+
+
+def _check_array(name: str, array: Any, kind: Any, least_rank: int, *, optional: bool = False) -> None:
+    if array is None and optional:
+        return
+    word = "boolean" if kind == jnp.bool_ else "integer"
+    if not hasattr(array, "dtype"):
+        raise TypeError(
+            f"{name} must be an {word} array, got {type(array).__name__}".replace("an boolean", "a boolean")
+        )
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{name} must have {word} dtype, got {array.dtype}")
+    if array.ndim < least_rank:
+        raise ValueError(f"{name} must have at least {least_rank} axes, got shape {array.shape}")
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", repr(fn))

@@ -1,0 +1,195 @@
+"""One attention problem, checked and laid out: what every implementation takes.
+
+Everything in it has one form, `[*B, K, G, T, S, ...]` with each axis full or 1, so that a block of the problem is the
+same slice of everything and is again a problem.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn import checks, masks
+from jattn.scores import Dropout, Modifier, Sink, as_scores, split
+from jattn.values import Value
+
+
+class Range(Value):
+    """Positions start, start + 1, ...: known while tracing, so that blocks can be decided there."""
+
+    start: int
+
+    def array(self, size: int) -> Any:
+        """The positions as int32 `[size]`, NumPy unless the size is symbolic."""
+        return (np if isinstance(size, int) else jnp).arange(size, dtype=np.int32) + np.int32(self.start)
+
+
+class Problem(NamedTuple):
+    """Queries, keys and values in heads-first form, and what is to happen between them."""
+
+    q: jax.Array  # [*B, K, G, T, 1, H]
+    k: jax.Array  # [*B, K, 1, 1, S, H]
+    v: jax.Array  # [*B, K, 1, 1, S, V]
+    scale: jax.Array  # [*1, 1, 1, 1, 1]
+    q_pos: jax.Array | Range  # [*B, 1, 1, T, 1]  int32
+    kv_pos: jax.Array | Range  # [*B, 1, 1, 1, S]  int32
+    mask: masks.Mask
+    modifiers: tuple[Modifier, ...] = ()
+    sink: Sink | None = None
+    dropout: Dropout | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(*B, K, G, T, S)"""
+        return (*self.q.shape[:-2], self.k.shape[-2])
+
+    def with_positions(self, xp: Any = jnp) -> "Problem":
+        """Returns the problem with its positions as arrays."""
+        T, S = self.sizes[-2:]
+        ones = (1,) * (self.q.ndim - 3)
+        q_pos = self.q_pos.array(T).reshape((*ones, T, 1)) if isinstance(self.q_pos, Range) else self.q_pos
+        kv_pos = self.kv_pos.array(S).reshape((*ones, 1, S)) if isinstance(self.kv_pos, Range) else self.kv_pos
+        return self._replace(
+            q_pos=xp.asarray(q_pos) if isinstance(q_pos, np.ndarray) else q_pos,
+            kv_pos=xp.asarray(kv_pos) if isinstance(kv_pos, np.ndarray) else kv_pos,
+        )
+
+    def keep(self) -> jax.Array | None:
+        """Which scores count, `[*B, K, G, T, S]`; None for all."""
+        if isinstance(self.mask, masks.Full):
+            return None
+        return jnp.broadcast_to(self.mask(self.q_pos, self.kv_pos), self.sizes)
+
+    def scores(self, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns the scores before the mask, `[*B, K, G, T, S]`, and the values, `[*B, K, S, V]`.
+
+            s_gts = modifiers(scale * q_gt·k_s)
+
+        float32 or wider. With `keep`, operands that take no part are 0, whatever they held.
+        """
+        q, k, v = self.q[..., 0, :], self.k[..., 0, 0, :, :], self.v[..., 0, 0, :, :]
+        if keep is not None:
+            q, k, v = masks.guard(keep, q, k, v)
+        wide = checks.wide(q)
+        if q.dtype == wide:
+            s = jnp.einsum("...gth,...sh->...gts", q * self.scale.astype(wide), k)
+        else:  # scaling narrow queries would round them once more
+            s = jnp.einsum("...gth,...sh->...gts", q, k, preferred_element_type=wide) * self.scale.astype(wide)
+        for modifier in self.modifiers:
+            s = modifier(s, self.q_pos, self.kv_pos)
+        return s, v
+
+    def factor(self) -> jax.Array | None:
+        """What dropout multiplies the weights by, `[*B, K, G, T, S]`; None for 1."""
+        return None if self.dropout is None else self.dropout(self.q_pos, self.kv_pos)
+
+    def sink_logits(self) -> jax.Array | None:
+        """The logits of the sink, `[*B, K, G, 1]`; None without."""
+        return None if self.sink is None else self.sink.logits[..., 0]
+
+
+def lay_out(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any = None,
+    scores: Any = (),
+    scale: Any = None,
+    q_offset: Any = None,
+    q_positions: Any = None,
+    kv_positions: Any = None,
+    dropout: Any = None,
+) -> Problem:
+    """Checks the arguments of `attention` and lays them out; see there for what they mean and what is refused."""
+    query, key, value = checks.floating("query", query), checks.floating("key", key), checks.floating("value", value)
+    checks.rank("query", query, "..., T, N, H")
+    checks.rank("key", key, "..., S, K, H")
+    checks.rank("value", value, "..., S, K, V")
+    *batch, T, N, H = query.shape
+    S, K = key.shape[-3:-1]
+    V = value.shape[-1]
+    _check_shape("key", key, "..., S, K, H", (*batch, S, K, H))
+    _check_shape("value", value, "..., S, K, V", (*batch, S, K, V))
+    checks.divides(K, N)
+    G = N // K
+    sizes = (*batch, K, G, T, S)
+    mask, modifiers = masks.as_mask(mask), as_scores(scores)
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be a jattn.Dropout(rate, key) or None, got {dropout!r}")
+    q_pos, kv_pos = _lay_out_positions(q_offset, q_positions, kv_positions, sizes)
+    if T != S and q_offset is None and q_positions is None and kv_positions is None:
+        _refuse_to_guess(mask, modifiers, T, S)
+    if H == 0 and scale is None:
+        raise ValueError("scale=None is 1/sqrt(H), and query has H=0: give scale=")
+    scale = jnp.asarray(1 / math.sqrt(H) if scale is None else scale)
+    if scale.ndim or not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
+        raise ValueError(f"scale must be one real number, got {scale.dtype}{list(scale.shape)}")
+    # One dtype for the operands of the products; a CPU multiplies narrow floats no faster than float32.
+    narrow = jnp.result_type(query) == jnp.result_type(key) == jnp.result_type(value)
+    wide = checks.wide(query, key, value)
+    dtype = query.dtype if narrow and jax.default_backend() != "cpu" else wide
+    q = jnp.moveaxis(query.astype(dtype), -3, -2).reshape((*batch, K, G, T, 1, H))
+    k = jnp.moveaxis(key.astype(dtype), -3, -2).reshape((*batch, K, 1, 1, S, H))
+    v = jnp.moveaxis(value.astype(dtype), -3, -2).reshape((*batch, K, 1, 1, S, V))
+    changes, sink = split(modifiers)
+    return Problem(
+        q=q,
+        k=k,
+        v=v,
+        scale=scale.astype(wide).reshape((1,) * len(sizes)),
+        q_pos=q_pos,
+        kv_pos=kv_pos,
+        mask=mask.lay_out(sizes),
+        modifiers=tuple(change.lay_out(sizes) for change in changes),
+        sink=None if sink is None else sink.lay_out(sizes),
+        dropout=None if dropout is None or dropout.rate == 0 else dropout.lay_out(sizes),
+    )
+
+
+def _check_shape(name: str, array: jax.Array, letters: str, sizes: tuple[Any, ...]) -> None:
+    # Not left to chex: leading dims of 1 would broadcast, and the numbers be wrong.
+    if array.shape != sizes:
+        raise ValueError(
+            f"{name} must be [{letters}] = {list(sizes)} to fit query [..., T, N, H] and its fellow, "
+            f"got shape {list(array.shape)}"
+        )
+
+
+def _lay_out_positions(
+    q_offset: Any, q_positions: Any, kv_positions: Any, sizes: tuple[int, ...]
+) -> tuple[jax.Array | Range, jax.Array | Range]:
+    *batch, _, _, T, S = sizes
+    if q_offset is not None and q_positions is not None:
+        raise ValueError("q_offset and q_positions say the same thing twice: give one of them")
+
+    def spread(name: str, array: Any, own: tuple[int, ...], letters: str, tail: tuple[int, ...]) -> jax.Array:
+        array = checks.integer(name, array)
+        lead = array.shape[: array.ndim - len(own)]
+        fits = array.shape[array.ndim - len(own) :] == own and len(lead) <= len(batch)
+        if not fits or any(d not in (1, b) for d, b in zip(lead[::-1], batch[::-1], strict=False)):
+            raise ValueError(
+                f"{name} must be [{letters}] with ...={tuple(batch)} and {letters[-1]} = {own}, got shape {array.shape}"
+            )
+        return array.reshape((1,) * (len(batch) - len(lead)) + lead + (1, 1, *tail))
+
+    kv_pos = Range(0) if kv_positions is None else spread("kv_positions", kv_positions, (S,), "..., S", (1, S))
+    if q_positions is not None:
+        return spread("q_positions", q_positions, (T,), "..., T", (T, 1)), kv_pos
+    if q_offset is None or (isinstance(q_offset, int | np.integer) and not isinstance(q_offset, bool)):
+        return Range(int(q_offset or 0)), kv_pos
+    offset = spread("q_offset", q_offset, (), "...", (1, 1))
+    return offset + jnp.arange(T, dtype=jnp.int32).reshape((1,) * (len(sizes) - 2) + (T, 1)), kv_pos
+
+
+def _refuse_to_guess(mask: masks.Mask, modifiers: tuple[Value, ...], T: int, S: int) -> None:
+    ordered = [m for m in modifiers if getattr(m, "ordered", False)]
+    if mask.is_ordered or ordered:
+        culprit = f"mask={mask!r}" if mask.is_ordered else f"scores={ordered[0]!r}"
+        raise ValueError(
+            f"{culprit} compares query positions with key positions, and T={T} differs from S={S}: say where the "
+            f"queries stand, with q_offset= (S - T, here {S - T}, when they are the last of the keys, as in decoding; "
+            f"0 when both begin together) or q_positions="
+        )

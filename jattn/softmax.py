@@ -1,0 +1,110 @@
+"""The running softmax: attention over some of the keys as a triple (m, l, o), and how two of them make one.
+
+    m = max_s s        l = Σ_s exp(s - m)        o = Σ_s exp(s - m) v_s
+
+Triples over disjoint keys form a monoid, so keys can be taken in any grouping and order; `out = o / l` and
+`lse = m + log l` come at the end. Milakov and Gimelshein, 2018 (arXiv:1805.02867).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jattn import checks
+
+
+class Running(NamedTuple):
+    """Attention over the keys seen so far."""
+
+    m: jax.Array  # [..., T]     the greatest score, or the least finite number where there is none
+    l: jax.Array  # [..., T]     the sum of the exponentials  # noqa: E741
+    o: jax.Array  # [..., T, V]  the sum of the values, weighed by the exponentials
+
+
+def start(shape: tuple[int, ...], V: int, dtype: jnp.dtype, sink: jax.Array | None = None) -> Running:
+    """The triple over no keys, for queries of shape `[..., T]`; or over a sink: one logit `[..., 1]` with value 0."""
+    o = jnp.zeros((*shape, V), dtype)
+    if sink is None:
+        # The least finite number in place of -inf: -inf - -inf is nan, and it would trip jax_debug_infs.
+        return Running(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype), o)
+    return Running(jnp.broadcast_to(sink.astype(dtype), shape), jnp.ones(shape, dtype), o)
+
+
+def update(
+    state: Running, s: jax.Array, v: jax.Array, keep: jax.Array | None = None, factor: jax.Array | None = None
+) -> Running:
+    """Takes in more keys.
+
+        m' = max(m, max_s s)    l' = l e^(m-m') + Σ_s e^(s-m')    o' = o e^(m-m') + Σ_s factor_s e^(s-m') v_s
+
+    Args:
+      state: for queries `[..., G, T]`.
+      s: `[..., G, T, S]` scores.
+      v: `[..., S, V]` values.
+      keep: bool, broadcastable to `s`: False keys do not count. None: all do.
+      factor: broadcastable to `s`, of weights on their way to the values (dropout). None: 1.
+    """
+    least = jnp.finfo(s.dtype).min
+    s = s if keep is None else jnp.where(keep, s, least)
+    m = lax.stop_gradient(jnp.maximum(state.m, jnp.max(s, axis=-1, initial=least)))
+    p = jnp.exp(s - m[..., None])
+    # A row that keeps nothing has m = least = s, whose exponential is 1: masking the scores alone is not enough.
+    p = p if keep is None else jnp.where(keep, p, 0)
+    rescale = jnp.exp(state.m - m)
+    weights = p if factor is None else p * factor.astype(p.dtype)
+    added = jnp.einsum("...gts,...sv->...gtv", weights.astype(v.dtype), v, preferred_element_type=s.dtype)
+    return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + added)
+
+
+def finish(state: Running) -> tuple[jax.Array, jax.Array]:
+    """Returns out `[..., T, V]` and lse `[..., T]`: 0 and -inf where no key was kept."""
+    live = state.l > 0
+    l = jnp.where(live, state.l, 1)  # noqa: E741
+    return state.o / l[..., None], jnp.where(live, state.m + jnp.log(l), -jnp.inf)
+
+
+def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.Array]:
+    """Joins the results of attention over disjoint keys into that over all of them.
+
+        lse = log Σ_i exp(lse_i),   out = Σ_i exp(lse_i - lse) out_i
+
+    Differentiable to any order, through `out` and `lse` of every part. A part with lse -inf holds nothing and sends
+    no gradient; if all parts do, out is 0 and lse -inf. A `Sink` must be given to one of the parts only.
+
+    Args:
+      parts: pairs out `[..., T, N, V]`, lse `[..., T, N]` as `attention_with_lse` returns them (natural log), at least
+        one.
+
+    Returns:
+      out and lse, as those of the first part.
+
+    Raises:
+      ValueError: no parts, or shapes that differ.
+      TypeError: a dtype that is not real floating, or dtypes that differ.
+    """
+    if not isinstance(parts, Sequence) or not parts:
+        raise ValueError(f"parts must be a sequence of at least one (out, lse) pair, got {parts!r}")
+    outs = [checks.floating(f"parts[{i}] out", part[0]) for i, part in enumerate(parts)]
+    lses = [checks.floating(f"parts[{i}] lse", part[1]) for i, part in enumerate(parts)]
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        checks.shape(f"parts[{i}] out", out, "..., T, N, V", outs[0].shape)
+        checks.shape(f"parts[{i}] lse", lse, "..., T, N", outs[0].shape[:-1])
+        if (out.dtype, lse.dtype) != (outs[0].dtype, lses[0].dtype):
+            raise TypeError(
+                f"parts must have one dtype for out and one for lse, got {[str(out.dtype) for out in outs]} "
+                f"and {[str(lse.dtype) for lse in lses]}"
+            )
+    dtype = checks.wide(*outs, *lses)
+    stacked = jnp.stack(lses).astype(dtype)
+    live = stacked > -jnp.inf
+    # The double where: an lse of -inf must not reach the exponential, or its gradient is nan.
+    finite = jnp.where(live, stacked, 0)
+    m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))
+    weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m, 0)), 0)
+    total = Running(m, weight.sum(0), (weight[..., None] * jnp.stack(outs).astype(dtype)).sum(0))
+    out, lse = finish(total)
+    return out.astype(outs[0].dtype), lse.astype(lses[0].dtype)
