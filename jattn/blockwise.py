@@ -63,30 +63,27 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> tuple[jax.Array, jax.Ar
       blocks: the block size along each of `[*B, K, G, T, S]`, as `choose_blocks` gives them.
 
     Returns:
-      out `[*B, K, G, T, V]` and lse `[*B, K, G, T]`, in the dtype of the sums.
+      out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, in the dtype of the sums.
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
-    out, lse = _attend(_plan(problem, blocks), problem.with_positions())
-    return out[..., 0, :], lse[..., 0]
+    return _attend(_plan(problem, blocks), problem.with_positions())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: Plan, problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`."""
-
-    def start(problem: Problem) -> softmax.Running:
+    def start(problem: Problem, _: Any) -> softmax.Running:
         wide = checks.wide(problem.q)
         return softmax.start(problem.q.shape[:-2], problem.v.shape[-1], wide, problem.sink_logits())
 
-    def step(state: softmax.Running, keep: jax.Array | None, problem: Problem) -> softmax.Running:
+    def step(state: softmax.Running, keep: jax.Array | None, problem: Problem, _: Any) -> softmax.Running:
         s, v = problem.scores(keep)
         return softmax.update(state, s, v, keep, problem.factor())
 
-    def finish(state: softmax.Running, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    def finish(state: softmax.Running, problem: Problem, _: Any) -> tuple[jax.Array, jax.Array]:
         out, lse = softmax.finish(state)
         return out[..., None, :], lse[..., None]
 
-    return _sweep(plan, start, step, finish, problem)
+    return _sweep(plan, start, step, finish, problem, ())
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
@@ -154,110 +151,260 @@ def _tangent(
     return _sweep(plan, start, step, finish, problem, directions, out, lse, lse > -jnp.inf)
 
 
-def _sweep(plan: Plan, start: Callable, step: Callable, finish: Callable, problem: Problem, *others: Any) -> Any:
-    """Goes through the blocks of a problem, keys innermost.
+def _sweep(
+    plan: Plan, start: Callable, step: Callable, finish: Callable, problem: Problem, directions: Any, *residuals: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Goes through the blocks of a problem: batch, then heads, then rows, and keys innermost.
 
-    For each block of rows: state = start(rows); state = step(state, keep, block) for each block of keys that is not
-    empty; results = finish(state, rows). Rows and blocks are the operands, `problem` and `others`, cut to size.
+    For each block of rows and heads: state = start(rows); state = step(state, keep, block) for each block of keys that
+    is not empty; results = finish(state, rows). Rows and blocks are the operands (problem, directions, *residuals), cut
+    to size; results are linear in directions.
 
     Returns:
-      the results of `finish`, each `[*B, K, G, T, ...]`.
+      the results of `finish`: out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, or what is shaped like them.
     """
-    run = functools.partial(_rows, plan, start, step, finish)
-    for axis in reversed(range(len(plan.blocks) - 3)):
-        run = functools.partial(_mapped, run, axis, plan.blocks[axis])
-    return run((problem, *others))
+    *batch_axes, K_axis, _, _, _ = range(len(plan.blocks))
+    visits = _visits(plan, problem, band=bool(directions))
+    tile = functools.partial(_tile, visits, start, step, finish)
+    run = functools.partial(_without_lead, functools.partial(_by_rows, tile, visits), plan.blocks)
+    run = functools.partial(_by_heads, run, K_axis, plan.blocks[K_axis])
+    for axis in reversed(batch_axes):
+        run = functools.partial(_by_examples, run, axis, plan.blocks[axis])
+    return run((problem, directions, *residuals))
 
 
-def _mapped(run: Callable, axis: int, block: int, operands: Any) -> Any:
-    """Runs over blocks along `axis`, one after the other."""
-    size = operands[0].sizes[axis]
+def _by_examples(run: Callable, axis: int, block: int, operands: Any) -> Any:
+    """Runs over blocks of a batch axis, one after the other."""
+    problem = operands[0]
+    size, K_axis = problem.sizes[axis], len(problem.sizes) - 4
     if isinstance(size, int) and size == block:
         return run(operands)
-    pieces, together = _split(operands, lambda leaf: _cut(leaf, axis, block))
-    return _join(lax.map(lambda piece: run(together(piece)), pieces), axis, size)
+
+    def cut(leaf: jax.Array) -> Cut | None:
+        moved = _outside_axis(leaf, K_axis)
+        return _cut(_move(leaf, moved, K_axis), axis, block, lambda piece: _move(piece, K_axis, moved))
+
+    pieces, together = _split(operands, cut)
+    rows_first = _forget(lambda piece: jax.tree.map(lambda r: _move(r, K_axis + 2, K_axis), run(together(piece))))
+    results = lax.map(rows_first, pieces)
+    return jax.tree.map(lambda result: _move(_join(result, axis, size), K_axis, K_axis + 2), results)
 
 
-def _rows(plan: Plan, start: Callable, step: Callable, finish: Callable, operands: Any) -> Any:
-    """Runs over the blocks of rows of one tile, and for each over its blocks of keys."""
-    *_, T, S = operands[0].sizes
-    T_axis, S_axis = len(plan.blocks) - 2, len(plan.blocks) - 1
-    block_q, block_kv = plan.blocks[-2:]
-    order, kinds = _schedule(plan, operands[0])
-    present = sorted({int(kind) for kind in kinds.flat}) if isinstance(kinds, np.ndarray) else [EMPTY, PARTIAL, FULL]
-    width = order.shape[1]
-    ragged = not isinstance(S, int) or S % block_kv != 0
+def _by_heads(run: Callable, axis: int, block: int, operands: Any) -> Any:
+    """Runs over blocks of key/value heads, one after the other.
+
+    Heads are sliced out of the caller's layout and results put back into it one at a time, so that nothing is
+    transposed as a whole; except the directions: they are what gradients flow back to, best gathered by scan.
+    """
+    problem, directions, *residuals = operands
+    size = problem.sizes[axis]
+    if isinstance(size, int) and size == block:
+        return run(operands)
+    pieces, together = _split(directions, lambda leaf: _cut(leaf, axis, block))
+    fixed = jax.tree.leaves((problem, residuals))
+    fixed_tree: Any = jax.tree.structure((problem, residuals))
+    outside = [_Outside(leaf, axis) for leaf in fixed]
+    kept = [o.enter(leaf) for o, leaf in zip(outside, fixed, strict=True)]
+    lse = jnp.zeros(problem.q.shape[:-1], checks.wide(problem.q))
+    none_yet = (jnp.zeros((*lse.shape, problem.v.shape[-1]), lse.dtype), lse)
+    homes = [_Outside(result, axis) for result in none_yet]
+
+    def heads(results: Any, x: Any) -> Any:
+        piece, kept, h = x[0], x[1], x[2]
+        problem, residuals = fixed_tree.unflatten(
+            [o.take(leaf, h * block, block) for o, leaf in zip(outside, kept, strict=True)]
+        )
+        parts = run((problem, together(piece), *residuals))
+        return tuple(
+            o.put(result, part, h * block) for o, result, part in zip(homes, results, parts, strict=True)
+        ), None
+
+    starts = tuple(o.enter(result) for o, result in zip(homes, none_yet, strict=True))
+    body = _forget(lambda results, x: heads(results, (x[0], kept, x[1])))
+    results, _ = lax.scan(body, starts, (pieces, jnp.arange(size // block, dtype=jnp.int32)))
+    return tuple(o.leave(result) for o, result in zip(homes, results, strict=True))
+
+
+class _Outside:
+    """A leaf as it came from the caller, rows or keys before heads, and without axes of 1.
+
+    So nothing is transposed before a head is taken out of it, and XLA copies nothing that it carries into a loop.
+    """
+
+    def __init__(self, leaf: jax.Array, K_axis: int) -> None:
+        self.K_axis, self.moved = K_axis, _outside_axis(leaf, K_axis)
+        shape = list(leaf.shape)
+        shape.insert(K_axis, shape.pop(self.moved))
+        self.shape = tuple(shape)
+        self.axis = K_axis + (self.moved != K_axis)  # of K, in self.shape
+
+    def enter(self, leaf: jax.Array) -> jax.Array:
+        return _bare(_move(leaf, self.moved, self.K_axis))
+
+    def leave(self, kept: jax.Array) -> jax.Array:
+        return _move(kept.reshape(self.shape), self.K_axis, self.moved)
+
+    def take(self, kept: jax.Array, start: jax.Array, block: int) -> jax.Array:
+        if self.shape[self.axis] == 1:
+            return self.leave(kept)
+        shape = (*self.shape[: self.axis], block, *self.shape[self.axis + 1 :])
+        part = lax.dynamic_slice_in_dim(kept, start, block, self._bare_axis)
+        return _move(part.reshape(shape), self.K_axis, self.moved)
+
+    def put(self, kept: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        part = _move(part, self.moved, self.K_axis)
+        wanted = list(kept.shape)
+        wanted[self._bare_axis] = part.shape[self.axis]
+        return lax.dynamic_update_slice_in_dim(kept, part.reshape(wanted), start, self._bare_axis)
+
+    @property
+    def _bare_axis(self) -> int:
+        return sum(not _is_one(size) for size in self.shape[: self.axis])
+
+
+def _outside_axis(leaf: jax.Array, K_axis: int) -> int:
+    """The axis, T or S, that came before the heads from the caller; K's own if none did."""
+    rows, keys = (not _is_one(leaf.shape[K_axis + i]) for i in (2, 3))
+    return K_axis if rows == keys else K_axis + (2 if rows else 3)
+
+
+def _is_one(size: int) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _bare(array: jax.Array) -> jax.Array:
+    """Without axes of 1."""
+    return array.reshape([size for size in array.shape if not _is_one(size)])
+
+
+def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
+    """Runs on one example and head without the axes that say so: XLA would copy what it carries into loops for them."""
+    *lead, G, T, S = blocks
+    if any(size != 1 for size in lead):
+        return run(blocks, operands)
+    bare = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[len(lead) :]), operands)
+    return jax.tree.map(lambda result: result.reshape((*lead, *result.shape)), run((G, T, S), bare))
+
+
+def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands: Any) -> Any:
+    """Runs over the blocks of rows, one after the other, with the blocks of keys that each visits."""
+    axis = len(blocks) - 2
+    size, block = operands[0].sizes[axis], blocks[axis]
+    if isinstance(size, int) and size == block:
+        return run(blocks, operands, *(None if x is None else x[0] for x in (visits.order, visits.kinds)))
+
+    def cut(leaf: jax.Array) -> Cut | None:
+        if leaf.shape[axis] == 1 and visits.banded:
+            return _band(leaf, axis + 1, blocks[axis + 1], visits.order)
+        return _cut(leaf, axis, block)
+
+    pieces, together = _split(operands, cut)
+    rows = _forget(lambda x: run(blocks, together(x[0]), *x[1:]))
+    results = lax.map(rows, (pieces, visits.order, visits.kinds))
+    return jax.tree.map(lambda result: _join(result, axis, size), results)
+
+
+def _pad(leaf: jax.Array, axis: int | None, block: int) -> jax.Array:
+    """Fills up the last block along `axis` with 0; an axis of 1 stays."""
+    if axis is None or leaf.shape[axis] == 1 or not _is_ragged(leaf.shape[axis], block):
+        return leaf
+    short = -(-leaf.shape[axis] // block) * block - leaf.shape[axis]
+    return jnp.pad(leaf, [(0, short if a == axis else 0) for a in range(leaf.ndim)])
+
+
+def _tile(
+    visits: "Visits",
+    start: Callable,
+    step: Callable,
+    finish: Callable,
+    blocks: tuple[int, ...],
+    operands: Any,
+    order: Any,
+    kinds: Any,
+) -> Any:
+    """Runs over the blocks of keys that one block of rows and heads visits."""
+    axis, block = len(blocks) - 1, blocks[-1]
+    if kinds is None:
+        kinds = _kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0]
 
     def keep(problem: Problem, j: jax.Array) -> jax.Array:
         keep = problem.mask(problem.q_pos, problem.kv_pos)
-        if ragged:
-            index = (j * block_kv + jnp.arange(block_kv, dtype=jnp.int32)).reshape((1,) * S_axis + (block_kv,))
-            keep = keep & (index < S)
+        if _is_ragged(visits.S, block):
+            index = (j * block + jnp.arange(block, dtype=jnp.int32)).reshape((1,) * axis + (block,))
+            keep = keep & (index < visits.S)
         return jnp.broadcast_to(keep, problem.sizes)
 
-    visits = {
+    every = {
         EMPTY: lambda state, j, block: state,
         PARTIAL: _forget(lambda state, j, block: step(state, keep(block[0], j), *block)),
         FULL: _forget(lambda state, j, block: step(state, None, *block)),
     }
-    visits_present = [visits[kind] for kind in present or [EMPTY]]  # with no block at all, the loop is traced still
+    branches = [every[kind] for kind in visits.present]
 
-    def row(x: Any) -> Any:
-        pieces, order, kinds = x
-        operands = rows_together(pieces)
-        pieces, together = _split(operands, lambda leaf: _cut(leaf, S_axis, block_kv))
-        pieces = jax.tree.map(lambda piece: piece if piece.shape[0] == width else piece[order], pieces)
+    def visit(state: Any, x: Any) -> Any:
+        piece, j, kind = x
+        if len(branches) == 1:
+            return branches[0](state, j, together(piece)), None
+        return lax.switch(kind, branches, state, j, together(piece)), None
 
-        def visit(state: Any, x: Any) -> Any:
-            piece, j, kind = x
-            if len(visits_present) == 1:
-                return visits_present[0](state, j, together(piece)), None
-            return lax.switch(kind, visits_present, state, j, together(piece)), None
-
-        state, _ = lax.scan(_forget(visit), start(*operands), (pieces, order, kinds))
-        return finish(state, *operands)
-
-    def cut(leaf: jax.Array) -> jax.Array | None:
-        if leaf.shape[T_axis] == 1 and leaf.shape[S_axis] != 1 and banded:
-            return _band(leaf, S_axis, block_kv, order)
-        return _cut(leaf, T_axis, block_q)
-
-    nk = -(-S // block_kv)
-    banded = isinstance(nk, int) and width < nk and order.size <= 4 * nk
-    kinds = np.searchsorted(present, kinds).astype(np.int32) if isinstance(kinds, np.ndarray) else kinds
-    rows, rows_together = _split(operands, cut)
-    return _join(lax.map(row, (rows, jnp.asarray(order), jnp.asarray(kinds))), T_axis, T)
+    pieces, together = _split(operands, lambda leaf: _cut(leaf, axis, block))
+    if order is None:
+        order = jnp.arange(kinds.shape[0], dtype=jnp.int32)
+    else:  # a band is gathered already
+        pieces = [p if p is None or p.shape[0] == order.shape[0] else p[order] for p in pieces]
+    state, _ = lax.scan(_forget(visit), start(*operands), (pieces, order, kinds))
+    return finish(state, *operands)
 
 
-def _schedule(plan: Plan, problem: Problem) -> tuple[Any, Any]:
-    """Which blocks of keys each block of rows visits: order and kinds, int32 `[rows, width]`, NumPy where known now."""
-    kinds = _kinds(plan, problem)
-    nq, nk = kinds.shape
-    if isinstance(kinds, np.ndarray):
-        width = int((kinds != EMPTY).sum(1).max(initial=0))
-        if width < nk:
-            order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
-            return order, np.take_along_axis(kinds, order, axis=1)
-    return jnp.broadcast_to(jnp.arange(nk, dtype=jnp.int32), (nq, nk)), kinds
+class Visits(NamedTuple):
+    """Which blocks of keys each block of rows visits, as far as is known while tracing."""
+
+    order: np.ndarray | None  # [rows, width]  the blocks; None: all, in their order
+    kinds: np.ndarray | None  # [rows, width]  what each is, as an index of `present`; None: arrays decide
+    present: tuple[int, ...]  # the kinds there are
+    banded: bool  # whether rows visit so few that gathering them beforehand costs little
+    S: int
 
 
-def _kinds(plan: Plan, problem: Problem) -> Any:
+def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
+    S = problem.sizes[-1]
+    kinds = _static_kinds(problem.mask, plan, problem.sizes)
+    if kinds is None:
+        return Visits(None, None, (EMPTY, PARTIAL, FULL), False, S)
+    (nq, nk), order, banded = kinds.shape, None, False
+    width = int((kinds != EMPTY).sum(1).max(initial=0))
+    if width < nk:
+        order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
+        kinds = np.take_along_axis(kinds, order, axis=1)
+        banded = band and nq * width <= 4 * nk
+    # Where there is no block at all the loop is traced still, so it wants a branch.
+    present = tuple(sorted({int(kind) for kind in kinds.flat})) or (EMPTY,)
+    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, banded, S)
+
+
+def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
+    if plan.q_range is None or plan.kv_range is None:
+        return None
+    kinds = _kinds(mask, plan.q_range.array(sizes[-2])[:, None], plan.kv_range.array(sizes[-1])[None, :], plan.blocks)
+    return kinds if isinstance(kinds, np.ndarray) else None
+
+
+def _kinds(mask: masks.Mask, q_pos: Any, kv_pos: Any, blocks: tuple[int, ...]) -> Any:
     """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`: NumPy if positions and mask are known now."""
-    *_, T, S = problem.sizes
-    block_q, block_kv = plan.blocks[-2:]
-    q_pos = problem.q_pos if plan.q_range is None else plan.q_range.array(T)[:, None]
-    kv_pos = problem.kv_pos if plan.kv_range is None else plan.kv_range.array(S)[None, :]
-    empty, full = masks.blocks(problem.mask, q_pos, kv_pos, block_q, block_kv)
+    empty, full = masks.blocks(mask, q_pos, kv_pos, *blocks[-2:])
     xp = np if isinstance(empty, np.ndarray) and isinstance(full, np.ndarray) else jnp
-    if not isinstance(S, int) or S % block_kv:  # the padding of the last block is not to be seen
-        full = full & (xp.arange(full.shape[1])[None, :] < S // block_kv)
+    if _is_ragged(S := kv_pos.shape[-1], blocks[-1]):  # the padding of the last block is not to be seen
+        full = full & (xp.arange(full.shape[1])[None, :] < S // blocks[-1])
     return xp.where(empty, EMPTY, xp.where(full, FULL, PARTIAL)).astype(np.int32)
 
 
+def _is_ragged(size: int, block: int) -> bool:
+    return not isinstance(size, int) or size % block != 0
+
+
 def static_kinds(problem: Problem, blocks: tuple[int, ...]) -> np.ndarray | None:
-    """EMPTY, PARTIAL or FULL for each block, if that is known while tracing."""
-    kinds = _kinds(_plan(problem, blocks), problem)
-    return kinds if isinstance(kinds, np.ndarray) else None
+    """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`, if that is known while tracing."""
+    return _static_kinds(problem.mask, _plan(problem, blocks), problem.sizes)
 
 
 def _plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
@@ -288,7 +435,7 @@ def _forget(f: Callable) -> Callable:
     return jax.checkpoint(f, prevent_cse=False)
 
 
-def _split(operands: Any, cut: Callable[[jax.Array], jax.Array | None]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def _split(operands: Any, cut: Callable[[jax.Array], Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Cuts the leaves that `cut` cuts; the others (for which it gives None) belong to every piece.
 
     Returns:
@@ -296,39 +443,56 @@ def _split(operands: Any, cut: Callable[[jax.Array], jax.Array | None]) -> tuple
     """
     leaves = jax.tree.leaves(operands)
     tree: Any = jax.tree.structure(operands)
-    return [cut(leaf) for leaf in leaves], lambda pieces: tree.unflatten(
-        [leaf if piece is None else piece for leaf, piece in zip(leaves, pieces, strict=True)]
-    )
+    cuts = [cut(leaf) for leaf in leaves]
+
+    def together(pieces: list[Any]) -> Any:
+        uncut = zip(leaves, cuts, pieces, strict=True)
+        return tree.unflatten([leaf if c is None else c.restore(piece) for leaf, c, piece in uncut])
+
+    return [None if c is None else c.pieces for c in cuts], together
 
 
-def _cut(leaf: jax.Array, axis: int, block: int) -> jax.Array | None:
+class Cut(NamedTuple):
+    pieces: jax.Array  # [pieces, ...]
+    restore: Callable[[jax.Array], jax.Array]  # from a piece to what it is a piece of
+
+
+def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piece: piece) -> Cut | None:
     """Cuts an axis into blocks, `[pieces, ..., block, ...]`, the last padded with 0; None if the axis is 1."""
     size = leaf.shape[axis]
-    if isinstance(size, int) and size == 1:
+    if _is_one(size):
         return None
-    pieces = -(-size // block)
-    if not isinstance(size, int) or pieces * block != size:
-        leaf = jnp.pad(leaf, [(0, pieces * block - size if a == axis else 0) for a in range(leaf.ndim)])
+    leaf = _pad(leaf, axis, block)
     shape = leaf.shape
-    return jnp.moveaxis(leaf.reshape((*shape[:axis], pieces, block, *shape[axis + 1 :])), axis, 0)
+    pieces = _move(leaf.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :])), axis, 0)
+    # Axes of 1 stay at home: they make XLA copy what it carries into a loop.
+    whole = pieces.shape[1:]
+    pieces = pieces.reshape((pieces.shape[0], *(n for n in whole if not _is_one(n))))
+    return Cut(pieces, lambda piece: restore(piece.reshape(whole)))
 
 
-def _band(leaf: jax.Array, axis: int, block: int, order: np.ndarray) -> jax.Array:
+def _band(leaf: jax.Array, axis: int, block: int, order: np.ndarray | None) -> Cut | None:
     """Gathers for each block of rows the blocks of keys it visits: `[rows, ..., width * block, ...]`."""
-    pieces = _cut(leaf, axis, block)
-    assert pieces is not None
-    pieces = jnp.moveaxis(pieces[order], 1, axis + 1)
-    shape = pieces.shape
-    return pieces.reshape((*shape[: axis + 1], shape[axis + 1] * shape[axis + 2], *shape[axis + 3 :]))
+    cut = _cut(leaf, axis, block)
+    if cut is None:
+        return None
+    return Cut(jax.vmap(lambda js: _join(jax.vmap(cut.restore)(cut.pieces[js]), axis))(order), lambda piece: piece)
 
 
-def _join(results: Any, axis: int, size: int) -> Any:
-    """Undoes `_cut` on each result."""
+def _join(pieces: jax.Array, axis: int, size: int | None = None) -> jax.Array:
+    """Undoes `_cut`: `[pieces, ..., block, ...]` to `[..., size, ...]`."""
+    joined = _move(pieces, 0, axis)
+    shape = joined.shape
+    joined = joined.reshape((*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
+    return joined if size is None else lax.slice_in_dim(joined, 0, size, axis=axis)
 
-    def join(result: jax.Array) -> jax.Array:
-        result = jnp.moveaxis(result, 0, axis)
-        shape = result.shape
-        result = result.reshape((*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
-        return lax.slice_in_dim(result, 0, size, axis=axis)
 
-    return jax.tree.map(join, results)
+def _move(array: jax.Array, source: int, destination: int) -> jax.Array:
+    """`jnp.moveaxis`, but as a reshape where only axes of 1 are crossed: XLA would copy for a transpose of those."""
+    first, last = sorted((source, destination))
+    crossed = [size for axis, size in enumerate(array.shape[first : last + 1], first) if axis != source]
+    if not all(map(_is_one, crossed)):
+        return jnp.moveaxis(array, source, destination)
+    shape = list(array.shape)
+    shape.insert(destination, shape.pop(source))
+    return array.reshape(shape)

@@ -18,10 +18,11 @@ def attend(problem: Problem) -> tuple[jax.Array, jax.Array]:
       problem: q `[*B, K, G, T, 1, H]`, k `[*B, K, 1, 1, S, H]`, v `[*B, K, 1, 1, S, V]` and the rest of `Problem`.
 
     Returns:
-      out `[*B, K, G, T, V]` and lse `[*B, K, G, T]`, in the dtype of the sums.
+      out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, in the dtype of the sums.
     """
     state, _, _ = _run(problem)
-    return softmax.finish(state)
+    out, lse = softmax.finish(state)
+    return out[..., None, :], lse[..., None]
 
 
 @jax.jit

@@ -123,7 +123,8 @@ def attention_with_lse(
     )
     chosen = _choose(problem, implementation)
     out, lse = dense.attend(problem) if chosen is None else blockwise.attend(problem, chosen)
-    return _heads_last(out, 1).astype(jnp.result_type(query)), _heads_last(lse, 0)
+    ndim = len(problem.sizes)
+    return _as_it_came(out, ndim).astype(jnp.result_type(query)), _as_it_came(lse, ndim)
 
 
 def attention_weights(
@@ -358,12 +359,11 @@ def _reasons(sizes: tuple[int, ...], chosen: tuple[int, ...] | None, implementat
     }
 
 
-def _heads_last(array: jax.Array, trailing: int) -> jax.Array:
-    """[*B, K, G, T, (V)] -> [*B, T, N, (V)]"""
-    cut = array.ndim - trailing - 3
-    K, G, T = array.shape[cut : cut + 3]
-    joined = array.reshape((*array.shape[:cut], K * G, T, *array.shape[cut + 3 :]))
-    return jnp.moveaxis(joined, cut, cut + 1)
+def _as_it_came(result: jax.Array, ndim: int) -> jax.Array:
+    """[*B, K, G, T, 1, ...] -> [*B, T, N, ...], for a problem of `ndim` axes."""
+    rows_first = jnp.moveaxis(result, ndim - 2, ndim - 4)
+    *batch, T, K, G, _ = rows_first.shape[:ndim]
+    return rows_first.reshape((*batch, T, K * G, *result.shape[ndim:]))
 
 
 def _take_rows(problem: Problem, rows: Any) -> Problem:

@@ -131,9 +131,9 @@ def lay_out(
     narrow = jnp.result_type(query) == jnp.result_type(key) == jnp.result_type(value)
     wide = checks.wide(query, key, value)
     dtype = query.dtype if narrow and jax.default_backend() != "cpu" else wide
-    q = jnp.moveaxis(query.astype(dtype), -3, -2).reshape((*batch, K, G, T, 1, H))
-    k = jnp.moveaxis(key.astype(dtype), -3, -2).reshape((*batch, K, 1, 1, S, H))
-    v = jnp.moveaxis(value.astype(dtype), -3, -2).reshape((*batch, K, 1, 1, S, V))
+    q = jnp.moveaxis(query.astype(dtype).reshape((*batch, T, K, G, 1, H)), -5, -3)
+    k = jnp.moveaxis(key.astype(dtype).reshape((*batch, S, K, 1, 1, H)), -5, -2)
+    v = jnp.moveaxis(value.astype(dtype).reshape((*batch, S, K, 1, 1, V)), -5, -2)
     changes, sink = split(modifiers)
     return Problem(
         q=q,
