@@ -72,11 +72,12 @@ class Problem(NamedTuple):
         q, k, v = self.q[..., 0, :], self.k[..., 0, 0, :, :], self.v[..., 0, 0, :, :]
         if keep is not None:
             q, k, v = masks.guard(keep, q, k, v)
-        wide = checks.wide(q)
-        if q.dtype == wide:
-            s = jnp.einsum("...gth,...sh->...gts", q * self.scale.astype(wide), k)
-        else:  # scaling narrow queries would round them once more
-            s = jnp.einsum("...gth,...sh->...gts", q, k, preferred_element_type=wide) * self.scale.astype(wide)
+        wide, scale = checks.wide(q), self.scale.astype(checks.wide(q))
+        # Scaling narrow queries would round them once more. One axis of rows, G and T together: with two, XLA copies
+        # the scores to sum over them.
+        rows = (q * scale if q.dtype == wide else q).reshape((*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
+        s = jnp.einsum("...rh,...sh->...rs", rows, k, preferred_element_type=wide).reshape(self.sizes)
+        s = s if q.dtype == wide else s * scale
         for modifier in self.modifiers:
             s = modifier(s, self.q_pos, self.kv_pos)
         return s, v

@@ -56,8 +56,14 @@ def update(
     p = p if keep is None else jnp.where(keep, p, 0)
     rescale = jnp.exp(state.m - m)
     weights = p if factor is None else p * factor.astype(p.dtype)
-    added = jnp.einsum("...gts,...sv->...gtv", weights.astype(v.dtype), v, preferred_element_type=s.dtype)
-    return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + added)
+    return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + weigh(weights, v))
+
+
+def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
+    """Sums values by weights: `[..., G, T, S]`, `[..., S, V]` -> `[..., G, T, V]`, in the dtype of the weights."""
+    *lead, G, T, S = p.shape
+    rows = p.astype(v.dtype).reshape((*lead, G * T, S))
+    return jnp.einsum("...rs,...sv->...rv", rows, v, preferred_element_type=p.dtype).reshape((*lead, G, T, v.shape[-1]))
 
 
 def finish(state: Running) -> tuple[jax.Array, jax.Array]:
