@@ -11,6 +11,7 @@ it again for every higher order. Rabe and Staats, 2021 (arXiv:2112.05682); Dao e
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from jattn import checks, masks, softmax
-from jattn.problem import Problem, Range
+from jattn.problem import Problem, Range, move
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -181,12 +182,12 @@ def _by_examples(run: Callable, axis: int, block: int, operands: Any) -> Any:
 
     def cut(leaf: jax.Array) -> Cut | None:
         moved = _outside_axis(leaf, K_axis)
-        return _cut(_move(leaf, moved, K_axis), axis, block, lambda piece: _move(piece, K_axis, moved))
+        return _cut(move(leaf, moved, K_axis), axis, block, lambda piece: move(piece, K_axis, moved))
 
     pieces, together = _split(operands, cut)
-    rows_first = _forget(lambda piece: jax.tree.map(lambda r: _move(r, K_axis + 2, K_axis), run(together(piece))))
+    rows_first = _forget(lambda piece: jax.tree.map(lambda r: move(r, K_axis + 2, K_axis), run(together(piece))))
     results = lax.map(rows_first, pieces)
-    return jax.tree.map(lambda result: _move(_join(result, axis, size), K_axis, K_axis + 2), results)
+    return jax.tree.map(lambda result: move(_join(result, axis, size), K_axis, K_axis + 2), results)
 
 
 def _by_heads(run: Callable, axis: int, block: int, operands: Any) -> Any:
@@ -238,20 +239,20 @@ class _Outside:
         self.axis = K_axis + (self.moved != K_axis)  # of K, in self.shape
 
     def enter(self, leaf: jax.Array) -> jax.Array:
-        return _bare(_move(leaf, self.moved, self.K_axis))
+        return _bare(move(leaf, self.moved, self.K_axis))
 
     def leave(self, kept: jax.Array) -> jax.Array:
-        return _move(kept.reshape(self.shape), self.K_axis, self.moved)
+        return move(kept.reshape(self.shape), self.K_axis, self.moved)
 
     def take(self, kept: jax.Array, start: jax.Array, block: int) -> jax.Array:
         if self.shape[self.axis] == 1:
             return self.leave(kept)
         shape = (*self.shape[: self.axis], block, *self.shape[self.axis + 1 :])
         part = lax.dynamic_slice_in_dim(kept, start, block, self._bare_axis)
-        return _move(part.reshape(shape), self.K_axis, self.moved)
+        return move(part.reshape(shape), self.K_axis, self.moved)
 
     def put(self, kept: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-        part = _move(part, self.moved, self.K_axis)
+        part = move(part, self.moved, self.K_axis)
         wanted = list(kept.shape)
         wanted[self._bare_axis] = part.shape[self.axis]
         return lax.dynamic_update_slice_in_dim(kept, part.reshape(wanted), start, self._bare_axis)
@@ -403,9 +404,11 @@ def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
 
 
 def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
-    if plan.q_range is None or plan.kv_range is None:
+    T, S = sizes[-2:]
+    q_range, kv_range = (Range(0), Range(0)) if isinstance(mask, masks.Full) else (plan.q_range, plan.kv_range)
+    if q_range is None or kv_range is None or not (isinstance(T, int) and isinstance(S, int)):
         return None
-    kinds = _kinds(mask, plan.q_range.array(sizes[-2])[:, None], plan.kv_range.array(sizes[-1])[None, :], plan.blocks)
+    kinds = _kinds(mask, q_range.array(T)[:, None], kv_range.array(S)[None, :], plan.blocks)
     return kinds if isinstance(kinds, np.ndarray) else None
 
 
@@ -432,18 +435,56 @@ def _plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
 
 
 def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
-    """Returns the block size along each of `[*B, K, G, T, S]`."""
+    """Returns the block size along each of `[*B, K, G, T, S]`.
+
+    Rows and keys: the candidate that does the least work under the mask, where that is known while tracing. On a CPU,
+    as many examples and heads at once as keep the scores in cache; elsewhere all of them, and also along an axis
+    that may be sharded, because a loop over a sharded axis gathers it.
+    """
     *lead, G, T, S = problem.sizes
-    block_q = chosen.block_q or _even(T, max(512 // G, 1))
-    block_kv = chosen.block_kv or _even(S, 512)
-    return (*(1 for _ in lead), G, block_q, block_kv)
+    candidates = [
+        (chosen.block_q or _even(T, max(rows // G, 16)), chosen.block_kv or _even(S, keys), unit)
+        for rows, keys, unit in _CANDIDATES
+    ]
+    decided = static_kinds(problem, problem.sizes) is not None
+    # Where arrays decide which blocks are empty, middling ones skip well, and examples must not wait for each other.
+    best = min(candidates, key=lambda candidate: _work(problem, *candidate)) if decided else candidates[_MIDDLING]
+    block_q, block_kv, _ = best
+    looping, devices = jax.default_backend() == "cpu", jax.device_count()
+    one_block = block_q == T and block_kv == S
+    room = _IN_CACHE // max(G * T * S, 1) if one_block and decided else 1
+    blocks: list[int] = []
+    for size in reversed(lead):
+        sharded = devices > 1 and isinstance(size, int) and math.gcd(size, devices) > 1
+        if not looping or sharded:
+            blocks.append(size)
+        else:
+            blocks.append(max(d for d in range(1, max(min(room, size), 1) + 1) if size % d == 0))
+            room = room // blocks[-1] if blocks[-1] == size else 1
+    return (*reversed(blocks), G, block_q, block_kv)
+
+
+# Rows, keys and the time for one score, relative, as measured on a CPU; large blocks run faster and skip less.
+_CANDIDATES = ((512, 1024, 1.0), (512, 512, 1.06), (256, 256, 1.35), (128, 128, 1.8))
+_MIDDLING = 2
+_A_VISIT = 2**12  # the time for a block that is visited, in scores
+_IN_CACHE = 2**19  # scores
+
+
+def _work(problem: Problem, block_q: int, block_kv: int, unit: float) -> float:
+    """The time to go through all blocks of one head, in scores."""
+    *_, G, T, S = problem.sizes
+    if -(-T // block_q) * -(-S // block_kv) > 2**20:
+        return math.inf
+    kinds = static_kinds(problem, (G, block_q, block_kv))
+    return (unit * G * block_q * block_kv + _A_VISIT) * float(np.sum(kinds == FULL) + 1.5 * np.sum(kinds == PARTIAL))
 
 
 def _even(size: int, longest: int) -> int:
     """The size of blocks of about equal length, none longer than `longest`."""
     if not isinstance(size, int):
         return longest
-    return max(-(-size // -(-size // longest)), 1) if size else 1
+    return -(-size // -(-size // longest)) if size else 1
 
 
 def _forget(f: Callable) -> Callable:
@@ -485,7 +526,7 @@ def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piec
         return None
     leaf = _pad(leaf, axis, block)
     shape = leaf.shape
-    pieces = _move(leaf.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :])), axis, 0)
+    pieces = move(leaf.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :])), axis, 0)
     # Axes of 1 stay at home: they make XLA copy what it carries into a loop.
     whole = pieces.shape[1:]
     pieces = pieces.reshape((pieces.shape[0], *(n for n in whole if not _is_one(n))))
@@ -501,18 +542,7 @@ def _payload_first(cut: Cut | None, has_payload: bool) -> Cut | None:
 
 def _join(pieces: jax.Array, axis: int, size: int | None = None) -> jax.Array:
     """Undoes `_cut`: `[pieces, ..., block, ...]` to `[..., size, ...]`."""
-    joined = _move(pieces, 0, axis)
+    joined = move(pieces, 0, axis)
     shape = joined.shape
     joined = joined.reshape((*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
     return joined if size is None else lax.slice_in_dim(joined, 0, size, axis=axis)
-
-
-def _move(array: jax.Array, source: int, destination: int) -> jax.Array:
-    """`jnp.moveaxis`, but as a reshape where only axes of 1 are crossed: XLA would copy for a transpose of those."""
-    first, last = sorted((source, destination))
-    crossed = [size for axis, size in enumerate(array.shape[first : last + 1], first) if axis != source]
-    if not all(map(_is_one, crossed)):
-        return jnp.moveaxis(array, source, destination)
-    shape = list(array.shape)
-    shape.insert(destination, shape.pop(source))
-    return array.reshape(shape)

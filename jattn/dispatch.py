@@ -9,14 +9,14 @@ from jax.typing import ArrayLike
 
 from jattn import blockwise, checks, dense, masks
 from jattn.blockwise import Blockwise
-from jattn.problem import Problem, lay_out
+from jattn.problem import Problem, lay_out, move
 from jattn.scores import Bias, Dropout
 from jattn.values import Value
 
 IMPLEMENTATIONS = ("dense", "blockwise")
 
-# Below this many scores in all, one dense block is as fast as any loop and needs no more memory than its operands.
-FEW_SCORES = 2**16
+# With this many scores or fewer, in all, a loop gains nothing.
+FEW_SCORES = 2**14
 
 
 def attention(
@@ -306,10 +306,10 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         chosen = _choose(problem, implementation)
         blocks = problem.sizes if chosen is None else chosen
         kinds = blockwise.static_kinds(problem, blocks)
-        found.append((problem.sizes, problem.q.shape[-1] + problem.v.shape[-1], chosen, blocks, kinds))
+        found.append((problem.sizes, problem.q.shape[-1], problem.v.shape[-1], chosen, blocks, kinds))
 
     jax.eval_shape(look, *arrays)
-    sizes, widths, chosen, blocks, kinds = found[0]
+    sizes, H, V, chosen, blocks, kinds = found[0]
     memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()
     empty, partial, full = (
         None if kinds is None else float(np.sum(kinds == kind) / max(kinds.size, 1))
@@ -322,9 +322,9 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         empty=empty,
         partial=partial,
         full=full,
-        flops=2.0 * widths * float(np.prod(sizes, dtype=float)) * (1 - skipped),
+        flops=2.0 * (H + V) * float(np.prod(sizes, dtype=float)) * (1 - skipped),
         temp_bytes=int(memory.temp_size_in_bytes),
-        reasons=_reasons(sizes, chosen, implementation),
+        reasons=_reasons(sizes, H, chosen, implementation),
     )
 
 
@@ -336,32 +336,41 @@ def _choose(problem: Problem, implementation: Any) -> tuple[int, ...] | None:
         raise ValueError(
             f"implementation must be None, one of {list(IMPLEMENTATIONS)} or a jattn.Blockwise, got {implementation!r}"
         )
-    few = all(isinstance(size, int) for size in problem.sizes) and np.prod(problem.sizes, dtype=float) <= FEW_SCORES
-    if implementation == "dense" or (implementation is None and few):
+    if implementation == "dense" or (implementation is None and _why_dense(problem.sizes, problem.q.shape[-1])):
         return None
     return blockwise.choose_blocks(problem, Blockwise())
 
 
-def _reasons(sizes: tuple[int, ...], chosen: tuple[int, ...] | None, implementation: Any) -> dict[str, str]:
+def _why_dense(sizes: tuple[int, ...], H: int) -> str | None:
+    """Why all scores at once are the better choice; None if they are not."""
+    *_, G, T, S = sizes
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    count = int(np.prod(sizes, dtype=float))
+    if count <= FEW_SCORES:
+        return f"{count} scores in all, at most {FEW_SCORES}"
+    if G * T <= H and 16 * T <= S:
+        return f"few queries for many keys: the scores, G*T={G * T} for each key, take no more room than keys of H={H}"
+    return None
+
+
+def _reasons(sizes: tuple[int, ...], H: int, chosen: tuple[int, ...] | None, implementation: Any) -> dict[str, str]:
     taken = "dense" if chosen is None else "blockwise"
     other = "blockwise" if chosen is None else "dense"
     if implementation is not None:
         return {taken: "taken: asked for by name", other: f"not taken: implementation={implementation!r} was asked for"}
-    count = int(np.prod(sizes, dtype=float))
     if chosen is None:
-        return {
-            "dense": f"taken: {count} scores in all, at most {FEW_SCORES}",
-            "blockwise": "not taken: a loop gains nothing on so few scores",
-        }
+        return {"dense": f"taken: {_why_dense(sizes, H)}", "blockwise": "not taken: a loop gains nothing here"}
+    scores = 4 * np.prod(sizes, dtype=float) / 2**20
     return {
-        "blockwise": f"taken: {count} scores in all, more than {FEW_SCORES}",
-        "dense": f"not taken: it would hold {4 * count / 2**20:.1f} MiB of scores or more",
+        "blockwise": "taken: memory stays linear, and blocks that the mask empties are skipped",
+        "dense": f"not taken: it would hold {scores:.1f} MiB of scores or more",
     }
 
 
 def _as_it_came(result: jax.Array, ndim: int) -> jax.Array:
     """[*B, K, G, T, 1, ...] -> [*B, T, N, ...], for a problem of `ndim` axes."""
-    rows_first = jnp.moveaxis(result, ndim - 2, ndim - 4)
+    rows_first = move(result, ndim - 2, ndim - 4)
     *batch, T, K, G, _ = rows_first.shape[:ndim]
     return rows_first.reshape((*batch, T, K * G, *result.shape[ndim:]))
 

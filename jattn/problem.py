@@ -132,9 +132,9 @@ def lay_out(
     narrow = jnp.result_type(query) == jnp.result_type(key) == jnp.result_type(value)
     wide = checks.wide(query, key, value)
     dtype = query.dtype if narrow and jax.default_backend() != "cpu" else wide
-    q = jnp.moveaxis(query.astype(dtype).reshape((*batch, T, K, G, 1, H)), -5, -3)
-    k = jnp.moveaxis(key.astype(dtype).reshape((*batch, S, K, 1, 1, H)), -5, -2)
-    v = jnp.moveaxis(value.astype(dtype).reshape((*batch, S, K, 1, 1, V)), -5, -2)
+    q = move(query.astype(dtype).reshape((*batch, T, K, G, 1, H)), -5, -3)
+    k = move(key.astype(dtype).reshape((*batch, S, K, 1, 1, H)), -5, -2)
+    v = move(value.astype(dtype).reshape((*batch, S, K, 1, 1, V)), -5, -2)
     changes, sink = split(modifiers)
     return Problem(
         q=q,
@@ -148,6 +148,21 @@ def lay_out(
         sink=None if sink is None else sink.lay_out(sizes),
         dropout=None if dropout is None or dropout.rate == 0 else dropout.lay_out(sizes),
     )
+
+
+def move(array: jax.Array, source: int, destination: int) -> jax.Array:
+    """`jnp.moveaxis` with the axes of 1 left out of the transpose.
+
+    XLA drops a transpose that undoes the one before it, but not across axes of 1, and for those alone it would copy.
+    """
+    order = list(range(array.ndim))
+    order.insert(destination % array.ndim, order.pop(source % array.ndim))
+    bare = [axis for axis, size in enumerate(array.shape) if not (isinstance(size, int) and size == 1)]
+    permutation = [bare.index(axis) for axis in order if axis in bare]
+    array_bare = array.reshape([array.shape[axis] for axis in bare])
+    if permutation != sorted(permutation):
+        array_bare = array_bare.transpose(permutation)
+    return array_bare.reshape([array.shape[axis] for axis in order])
 
 
 def _check_shape(name: str, array: jax.Array, letters: str, sizes: tuple[Any, ...]) -> None:
