@@ -1,0 +1,323 @@
+"""attention: every implementation on every case, plain and under jit, vmap, grad and jvp, against the oracle."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import masks
+from tests import cases, naive, reference
+from tests.cases import CASES
+from tests.reference import assert_within_budget
+
+# Blocks that divide nothing and are smaller than everything, so that there are several of them, and ragged ones.
+IMPLEMENTATIONS = {"dense": "dense", "blockwise": jattn.Blockwise(block_q=4, block_kv=3)}
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def arguments(case):
+    """All that can be differentiated: query, key, value and the arrays of the scores."""
+    return (*cases.inputs(case), cases.score_arrays(case))
+
+
+def directions(case):
+    """A tangent for the arguments and a cotangent for (out, lse)."""
+    args = arguments(case)
+    rng = np.random.default_rng(case.seed + 1)
+    tangents = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), args)
+    lse_dtype = np.float64 if case.dtype == "float64" else np.float32
+    out = rng.normal(size=(*case.B, case.T, case.N, case.V)).astype(args[0].dtype)
+    return tangents, (out, rng.normal(size=out.shape[:-1]).astype(lse_dtype))
+
+
+@functools.cache
+def exact(case):
+    """(out, lse, weights) from NumPy."""
+    return reference.attention(*cases.inputs(case), **cases.oracle(case))
+
+
+def _compiled(function):
+    """Naive code runs once for each case: it is not worth optimising."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def plain(case):
+    """(out, lse) from naive code at the precision of the case."""
+    with cases.precision(case):
+        return _compiled(lambda *args: naive.attention(*args, **cases.oracle(case, xp=jnp)))(*cases.inputs(case))
+
+
+@functools.cache
+def plain_derivatives(case):
+    """Tangents of (out, lse), and gradients, from naive code: at the precision of the case, and in float64."""
+
+    def derivatives(args, tangents, cotangents):
+        def attention(q, k, v, arrays):
+            return naive.attention(q, k, v, **cases.oracle(case, arrays, jnp))
+
+        return jax.jvp(attention, args, tangents)[1], jax.vjp(attention, *args)[1](cotangents)
+
+    operands = (arguments(case), *directions(case))
+    with cases.precision(case):
+        rounded = _compiled(derivatives)(*operands)
+    with jax.enable_x64(True):
+        return rounded, _compiled(derivatives)(*jax.tree.map(lambda a: a.astype(np.float64), operands))
+
+
+def assert_outputs(got, case):
+    for one, right, rounded in zip(got, exact(case), plain(case), strict=False):
+        assert_within_budget(one, right, rounded)
+
+
+def assert_derivatives(got, case, which):
+    def compare(got, right, rounded):
+        # A scalar is one draw of the rounding error and not the largest of many, so plain code may be lucky with it;
+        # and plain code in float64 is its own truth, without any error.
+        lucky = right.size == 1 or case.dtype == "float64"
+        assert_within_budget(got, right, rounded, slack=10 if lucky else 3)
+
+    rounded, right = plain_derivatives(case)
+    jax.tree.map(compare, got, right[which], rounded[which])
+
+
+def attention_of(case, implementation):
+    def attention(q, k, v, arrays):
+        return jattn.attention_with_lse(q, k, v, **cases.options(case, arrays), implementation=implementation)
+
+    return attention
+
+
+@every_case
+@every_implementation
+def test_plain(case, implementation):
+    with cases.precision(case):
+        out, lse = attention_of(case, implementation)(*arguments(case))
+        assert_outputs((out, lse), case)
+    assert out.dtype == jnp.dtype(case.dtype)
+    assert lse.dtype == (jnp.float64 if case.dtype == "float64" else jnp.float32)
+
+
+@every_case
+@every_implementation
+def test_jit_with_every_option_an_argument(case, implementation):
+    attention = jax.jit(functools.partial(jattn.attention_with_lse, implementation=implementation))
+    with cases.precision(case):
+        assert_outputs(attention(*cases.inputs(case), **cases.options(case)), case)
+
+
+@every_case
+@every_implementation
+def test_vmap_over_every_array(case, implementation):
+    several = [case._replace(seed=seed) for seed in (0, 1)]
+    with cases.precision(case):
+        args = [(cases.inputs(one), cases.options(one)) for one in several]
+        args, options = jax.tree.map(lambda *a: (np if isinstance(a[0], np.ndarray | int) else jnp).stack(a), *args)
+        attention = functools.partial(jattn.attention_with_lse, implementation=implementation)
+        got = jax.jit(jax.vmap(lambda args, options: attention(*args, **options)))(args, options)
+        for i, one in enumerate(several):
+            assert_outputs([a[i] for a in got], one)
+
+
+@every_case
+@every_implementation
+def test_grad(case, implementation):
+    @jax.jit
+    def pull(args, cotangents):
+        return jax.vjp(attention_of(case, implementation), *args)[1](cotangents)
+
+    with cases.precision(case):
+        assert_derivatives(pull(arguments(case), directions(case)[1]), case, which=1)
+
+
+@every_case
+@every_implementation
+def test_jvp(case, implementation):
+    @jax.jit
+    def push(args, tangents):
+        return jax.jvp(attention_of(case, implementation), args, tangents)
+
+    with cases.precision(case):
+        got, tangents = push(arguments(case), directions(case)[0])
+        assert_outputs(got, case)
+        assert_derivatives(tangents, case, which=0)
+
+
+@every_case
+def test_weights(case):
+    q, k, _ = cases.inputs(case)
+    right = exact(case)[2]
+    with cases.precision(case):
+        got = jattn.attention_weights(q, k, **cases.options(case))
+        assert got.dtype == (jnp.float64 if case.dtype == "float64" else jnp.float32)
+        eps = float(jnp.finfo(got.dtype).eps)
+        np.testing.assert_allclose(got, right, rtol=32 * eps, atol=4 * eps)
+        if case.T > 1:
+            rows = [case.T - 1, 0, 2]
+            got = jattn.attention_weights(q, k, **cases.options(case), rows=rows)
+            np.testing.assert_allclose(got, right[..., rows, :], rtol=32 * eps, atol=4 * eps)
+
+
+def test_weights_under_jit_vmap_and_grad():
+    case = CASES["alibi"]
+    q, k, _ = cases.inputs(case)
+    right = exact(case)[2]
+
+    def weights(q, k, rows=None):
+        return jattn.attention_weights(q, k, rows=rows, **cases.options(case))
+
+    np.testing.assert_allclose(jax.jit(weights)(q, k), right, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(weights)(q, k, jnp.array([2, 5])), right[:, [2, 5]], rtol=1e-5, atol=1e-7)
+    for axis in (0, 1, 2, -1):
+        got = jax.vmap(weights, in_axes=(axis, None))(np.stack([q, q], axis), k)
+        np.testing.assert_allclose(got, np.stack([right, right]), rtol=1e-5, atol=1e-7)
+        got = jax.vmap(weights, in_axes=(None, axis))(q, np.stack([k, k], axis))
+        np.testing.assert_allclose(got, np.stack([right, right]), rtol=1e-5, atol=1e-7)
+    _, _, v = cases.inputs(case)
+    through_weights = jax.grad(lambda q: jnp.sum(jnp.einsum("nts,snv->tnv", weights(q, k), v) ** 2))(q)
+    directly = jax.grad(lambda q: jnp.sum(jattn.attention(q, k, v, **cases.options(case)) ** 2))(q)
+    np.testing.assert_allclose(through_weights, directly, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gqa", "causal", "segments", "bias", "dropout", "bfloat16"])
+def test_the_choice_of_implementation_does_not_change_the_answer(name):
+    case = CASES[name]
+    args, options = cases.inputs(case), cases.options(case)
+    assert_outputs(jattn.attention_with_lse(*args, **options), case)
+    for implementation in ("dense", "blockwise", None):
+        out = jattn.attention(*args, **options, implementation=implementation)
+        assert_within_budget(out, exact(case)[0], plain(case)[0])
+
+
+def test_known_answer():
+    q, k = np.ones((1, 1, 1), np.float32), np.log(np.float32([1.0, 3.0])).reshape(2, 1, 1)
+    v = np.float32([0.0, 4.0]).reshape(2, 1, 1)  # logits log 1, log 3: weights 1/4, 3/4
+    for implementation in IMPLEMENTATIONS.values():
+        out, lse = jattn.attention_with_lse(q, k, v, scale=1.0, implementation=implementation)
+        np.testing.assert_allclose(out, [[[3.0]]], rtol=1e-6)
+        np.testing.assert_allclose(lse, [[np.log(4.0)]], rtol=1e-6)
+    np.testing.assert_allclose(jattn.attention_weights(q, k, scale=1.0), [[[0.25, 0.75]]], rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    q, k = np.full((1, 1, 1), 1e4, np.float32), np.float32([1e4, 1e4, -1e4]).reshape(3, 1, 1)
+    v = np.float32([2.0, 4.0, 8.0]).reshape(3, 1, 1)
+    for implementation in IMPLEMENTATIONS.values():
+        out = jattn.attention(q, k, v, implementation=implementation)
+        np.testing.assert_allclose(out, [[[3.0]]], rtol=1e-6)
+    np.testing.assert_array_equal(jattn.attention_weights(q, k), [[[0.5, 0.5, 0.0]]])
+
+
+@pytest.mark.parametrize("shape", ["S", "1S", "T1", "TS", "1TS", "NTS", "N1S", "B11S", "BNTS", "B1T1", "1111"])
+def test_a_boolean_mask_broadcasts_to_the_logits(shape):
+    case = CASES["bias"]._replace(scores=())
+    sizes = {"B": 2, "T": case.T, "S": case.S, "N": case.N, "1": 1}
+    mask = np.random.default_rng(0).random([sizes[letter] for letter in shape]) < 0.6
+    q, k, v = cases.inputs(case)
+    right = reference.attention(q, k, v, keep=mask)
+    rounded = naive.attention(q, k, v, keep=mask)
+    for implementation in IMPLEMENTATIONS.values():
+        for one in (mask, masks.Dense(mask)):
+            got = jattn.attention_with_lse(q, k, v, mask=one, implementation=implementation)
+            assert_within_budget(got[0], right[0], rounded[0])
+            assert_within_budget(got[1], right[1], rounded[1])
+
+
+@every_implementation
+def test_leading_batch_dims_and_vmap_give_the_same_numbers(implementation):
+    case = CASES["two_batch_dims"]._replace(scores=("bias_full",))
+    bias = cases.score_arrays(case)["bias_full"]["array"]
+
+    def attention(q, k, v, keep, bias):
+        scores = (jattn.scores.Bias(bias), jattn.scores.SoftCap(2.0))
+        return jattn.attention_with_lse(q, k, v, mask=keep, scores=scores, implementation=implementation)
+
+    operands = (*cases.inputs(case), cases.keep(case), bias)
+    for mapped in (jax.vmap(attention), jax.vmap(jax.vmap(attention)), jax.vmap(attention, 1, 1)):
+        for a, b in zip(attention(*operands), mapped(*operands), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+@every_implementation
+def test_vmap_over_any_axis_of_any_argument(implementation):
+    case = CASES["dense"]._replace(scores=("bias_keys",), N=6, K=3)
+    several = [case._replace(seed=seed) for seed in (0, 1)]
+    names = ("query", "key", "value", "mask", "bias")
+    operands = [(*cases.inputs(one), cases.keep(one), cases.score_arrays(one)["bias_keys"]["array"]) for one in several]
+
+    def attention(q, k, v, keep, bias):
+        return jattn.attention(q, k, v, mask=keep, scores=jattn.scores.Bias(bias), implementation=implementation)
+
+    for index, name in enumerate(names):
+        arrays = [one[index] for one in operands]
+        right = [attention(*operands[0][:index], one, *operands[0][index + 1 :]) for one in arrays]
+        assert not np.allclose(*right), name
+        for axis in (*range(arrays[0].ndim + 1), -1):
+            in_axes = [axis if i == index else None for i in range(len(names))]
+            stacked = np.stack(arrays, axis)
+            got = jax.vmap(attention, in_axes=in_axes)(*operands[0][:index], stacked, *operands[0][index + 1 :])
+            np.testing.assert_allclose(got, np.stack(right), rtol=2e-6, atol=1e-6, err_msg=f"{name} along {axis}")
+
+
+def test_grad_with_respect_to_each_argument_alone():
+    case = CASES["alibi"]
+    args, cotangents = arguments(case), directions(case)[1]
+    for implementation in IMPLEMENTATIONS.values():
+        attention = attention_of(case, implementation)
+        for index in range(4):
+
+            def loss(one, index=index, attention=attention):
+                out, lse = attention(*args[:index], one, *args[index + 1 :])
+                return jnp.sum(out * cotangents[0]) + jnp.sum(lse * cotangents[1])
+
+            got = jax.grad(loss)(args[index])
+            rounded, right = plain_derivatives(case)
+            jax.tree.map(assert_within_budget, got, right[1][index], rounded[1][index])
+
+
+@every_implementation
+def test_equal_options_with_new_arrays_do_not_retrace(implementation):
+    case = CASES["segments_cross"]._replace(mask="segments_causal", q_offset=2)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def attention(args, options):
+        return jattn.attention(*args, **options, implementation=implementation)
+
+    for seed in range(3):
+        one = case._replace(seed=seed)
+        out = attention(cases.inputs(one), cases.options(one))
+        np.testing.assert_allclose(out, exact(one)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_static_values_do_not_retrace():
+    """A mask without arrays, an implementation and block sizes are values: equal ones are one static argument."""
+    case = CASES["gqa"]
+    attention = jax.jit(chex.assert_max_traces(jattn.attention, n=1), static_argnames=("mask", "implementation"))
+    for seed in range(3):
+        attention(
+            *cases.inputs(case._replace(seed=seed)),
+            mask=masks.Window(3, 2) & ~masks.Causal(),
+            q_offset=2,
+            implementation=jattn.Blockwise(4, 3),
+        )
+
+
+def test_same_inputs_same_bits():
+    case = CASES["packed"]
+    for implementation in IMPLEMENTATIONS.values():
+        attention = attention_of(case, implementation)
+
+        @jax.jit
+        def pull(*args, attention=attention):
+            out, back = jax.vjp(attention, *args)
+            return out, back(directions(case)[1])
+
+        first, again = pull(*arguments(case)), pull(*arguments(case))
+        jax.tree.map(np.testing.assert_array_equal, first, again)

@@ -1,0 +1,238 @@
+"""The house: who imports whom, what an import costs, and that everything public says what it is."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jattn
+
+PACKAGE = Path(jattn.__file__).parent
+# The reading order: a file imports only from files above it.
+ORDER = (
+    "version",
+    "checks",
+    "params",
+    "retrieval",
+    "values",
+    "masks",
+    "scores",
+    "softmax",
+    "projection",
+    "problem",
+    "dense",
+    "blockwise",
+    "dispatch",
+    "layer",
+    "plot",
+    "__init__",
+    "__main__",
+)
+IMPLEMENTATIONS = {"dense", "blockwise"}
+FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+every_file = pytest.mark.parametrize("name", FILES)
+
+
+def tree(name):
+    return ast.parse((PACKAGE / f"{name}.py").read_text())
+
+
+def imports(name, body=None):
+    """The dotted names that a file imports, `from a import b` as a.b; relative ones made absolute."""
+    found = []
+    for node in ast.walk(tree(name)) if body is None else body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["jattn" if node.level else "", node.module]))
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def own(name):
+    """The files of the library that a file imports."""
+    for dotted in imports(name):
+        first, *rest = dotted.split(".")
+        if first == "jattn":
+            yield rest[0] if rest and rest[0] in FILES else "__init__"
+
+
+def test_the_reading_order_lists_every_file():
+    assert sorted(ORDER) == FILES
+
+
+@every_file
+def test_a_file_imports_only_from_files_above_it(name):
+    above = ORDER[: ORDER.index(name)]
+    assert set(own(name)) <= set(above)
+    if name in IMPLEMENTATIONS:
+        assert not set(own(name)) & IMPLEMENTATIONS
+
+
+@every_file
+def test_third_parties_are_the_declared_dependencies(name):
+    roots = {dotted.split(".")[0] for dotted in imports(name)} - sys.stdlib_module_names - {"jattn"}
+    at_the_top = {dotted.split(".")[0] for dotted in imports(name, tree(name).body)}
+    optional = {"matplotlib"} if name in ("plot", "__main__") else set()
+    assert roots <= {"jax", "jaxlib", "numpy", "chex"} | optional
+    assert "matplotlib" not in at_the_top
+    assert not [dotted for dotted in imports(name) if "jax._src" in dotted or dotted.startswith("jax.interpreters")]
+    assert "jax._src" not in (PACKAGE / f"{name}.py").read_text()
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    functions = {name for name in dir(jattn) if inspect.isfunction(getattr(jattn, name))}
+    assert not functions & set(FILES)
+
+
+def test_the_library_stays_small():
+    lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in FILES}
+    assert sum(lines.values()) <= 3500, lines
+
+
+def test_an_import_adds_the_library_and_little_else():
+    """No time is asserted; what would cost time is named instead."""
+    code = (
+        "import sys, jax, chex, jax.numpy; before = set(sys.modules); import jattn; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = result.stdout.split()
+    assert "jattn" in added
+    assert {name.split(".")[0] for name in added} <= {"jattn", "jax", "numpy", *sys.stdlib_module_names}
+    for heavy in (
+        "jax.experimental.pallas",
+        "matplotlib",
+        "torch",
+        "flax",
+        "jattn.plot",
+        "jattn.__main__",
+        "jax.export",
+    ):
+        assert not [name for name in added if name == heavy or name.startswith(heavy + ".")], heavy
+
+
+def test_an_import_starts_no_backend_and_changes_no_setting():
+    code = (
+        "import jax; before = dict(jax.config.values); import jattn; from jax._src import xla_bridge; "
+        "print(before == dict(jax.config.values), xla_bridge.backends_are_initialized())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "False"]
+
+
+CONTRACT = {
+    jattn: [
+        "Blockwise",
+        "Dropout",
+        "Params",
+        "__version__",
+        "attend",
+        "attention",
+        "attention_weights",
+        "attention_with_lse",
+        "context_vector",
+        "dot_product_attention",
+        "enrich",
+        "explain",
+        "from_matrices",
+        "init",
+        "lookup",
+        "masks",
+        "merge",
+        "multi_hot",
+        "project",
+        "scores",
+    ],
+    jattn.masks: [
+        "Causal",
+        "Dense",
+        "Empty",
+        "Full",
+        "Function",
+        "Lengths",
+        "Prefix",
+        "Segments",
+        "SlidingWindow",
+        "Window",
+    ],
+    jattn.scores: ["ALiBi", "Bias", "Function", "RelativePosition", "Sink", "SoftCap", "alibi_slopes"],
+}
+
+
+def test_the_public_names():
+    for module, names in CONTRACT.items():
+        assert [name for name in names if not hasattr(module, name)] == []
+    modules = {name for name, value in vars(jattn).items() if inspect.ismodule(value)}
+    public_names = {name for name in vars(jattn) if not name.startswith("_")} - modules
+    assert public_names <= {*CONTRACT[jattn], "Explanation"}
+
+
+PUBLIC = {
+    f"{module.__name__}.{name}": getattr(module, name, None)
+    for module, names in CONTRACT.items()
+    for name in names
+    if not inspect.ismodule(getattr(module, name, None)) and not name.startswith("_")
+}
+every_public = pytest.mark.parametrize("name", PUBLIC)
+
+
+@every_public
+def test_every_public_name_is_documented(name):
+    value = PUBLIC[name]
+    documentation = inspect.cleandoc(value.__doc__ or "")
+    # a dataclass or NamedTuple without a docstring gets one that repeats its signature
+    assert documentation and not documentation.startswith(f"{value.__name__}(")
+    assert documentation.splitlines()[0].endswith((".", ":")), "the first line is one sentence"
+    if inspect.isfunction(value):
+        equation = any(line.startswith("    ") and "=" in line for line in documentation.splitlines())
+        assert "Args:" in documentation or equation
+        if "Args:" in documentation:
+            described = re.split("Returns:|Raises:", documentation.split("Args:")[1])[0]
+            if "as in `" in described:  # then only what is new needs a word
+                return
+            for parameter in inspect.signature(value).parameters.values():
+                if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                    assert parameter.name in described, f"{parameter.name} is not described"
+
+
+@every_public
+def test_every_public_function_declares_its_types(name):
+    value = PUBLIC[name]
+    functions = (
+        [value]
+        if inspect.isfunction(value)
+        else [member for key, member in vars(value).items() if inspect.isfunction(member) and not key.startswith("_")]
+    )
+    for function in functions:
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty, function
+        for parameter in list(signature.parameters.values()):
+            if parameter.name not in ("self", "cls"):
+                assert parameter.annotation is not inspect.Parameter.empty, (function, parameter)
+
+
+@every_file
+def test_every_file_says_what_it_is(name):
+    assert ast.get_docstring(tree(name))
+    for node in tree(name).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            assert node.returns is not None, f"{node.name} does not say what it returns"
+
+
+def test_the_version_is_in_one_place():
+    version = importlib.import_module("jattn.version")
+    assert jattn.__version__ == version.__version__
+    holders = [path.name for path in PACKAGE.glob("*.py") if f'"{jattn.__version__}"' in path.read_text()]
+    assert holders == ["version.py"]
+    assert f'"{jattn.__version__}"' not in (PACKAGE.parent / "pyproject.toml").read_text()
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / "py.typed").exists()

@@ -1,0 +1,480 @@
+"""Masks: their pictures, their algebra, their life as pytrees, and that blocks tell the truth."""
+
+import copy
+import functools
+import itertools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import masks
+from jattn.masks import Causal, Dense, Empty, Full, Function, Lengths, Prefix, Segments, SlidingWindow, Window
+from tests.pictures import catalogue, draw, striped
+from tests.plain import jit
+
+SMALL = jattn.Blockwise(block_q=3, block_kv=4)
+T = 11
+
+
+def ints(*values):
+    return np.asarray(values, np.int32)
+
+
+DRAWN = [
+    (Full(), "##### ##### ##### ##### #####"),
+    (Empty(), "..... ..... ..... ..... ....."),
+    (Causal(), "#.... ##... ###.. ####. #####"),
+    (~Causal(), ".#### ..### ...## ....# ....."),
+    (Window(0, 0), "#.... .#... ..#.. ...#. ....#"),
+    (Window(1, 0), "#.... ##... .##.. ..##. ...##"),
+    (Window(0, 1), "##... .##.. ..##. ...## ....#"),
+    (Window(2, 1), "##... ###.. ####. .#### ..###"),
+    (Window(None, 1), "##... ###.. ####. ##### #####"),
+    (Window(1, None), "##### ##### .#### ..### ...##"),
+    (Window(None, None), "##### ##### ##### ##### #####"),
+    (SlidingWindow(1), "#.... .#... ..#.. ...#. ....#"),
+    (SlidingWindow(3), "#.... ##... ###.. .###. ..###"),
+    (Prefix(0), "..... ..... ..... ..... ....."),
+    (Prefix(2), "##... ##... ##... ##... ##..."),
+    (Prefix(9), "##### ##### ##### ##### #####"),
+    (Prefix(2) | Causal(), "##... ##... ###.. ####. #####"),
+    (Lengths(3, 2), "##... ##... ##... ..... ....."),
+    (Lengths(q=2), "##### ##### ..... ..... ....."),
+    (Lengths(kv=4), "####. ####. ####. ####. ####."),
+    (Segments(ints(0, 0, 4, 4, -1)), "##... ##... ..##. ..##. ....."),
+    (Segments(ints(1, 0, 1, -2, 2), ints(1, 1, 0, 2, -2)), "##... ..#.. ##... ..... ...#."),
+    (Causal() & Segments(ints(0, 0, 4, 4, -1)), "#.... ##... ..#.. ..##. ....."),
+    (Dense(np.array([True, False, True, True, False])), "#.##. #.##. #.##. #.##. #.##."),
+    (Function(lambda q, kv: (q + kv) % 2 == 0), "#.#.# .#.#. #.#.# .#.#. #.#.#"),
+]
+
+
+@pytest.mark.parametrize(("mask", "drawn"), DRAWN, ids=[str(mask) for mask, _ in DRAWN])
+def test_a_mask_is_as_drawn(mask, drawn):
+    array = mask.to_array(5, 5)
+    assert array.shape == (5, 5) and array.dtype == bool
+    assert " ".join("".join(".#"[cell] for cell in row) for row in np.asarray(array, int)) == drawn
+
+
+DOCUMENTED = [
+    (masks, Causal(), 4),
+    (Causal, Causal(), 4),
+    (Window, Window(1, 0), 4),
+    (Window, Window(0, 0), 4),
+    (SlidingWindow, SlidingWindow(2), 4),
+    (Prefix, Prefix(2), 4),
+    (Prefix, Prefix(2) | Causal(), 4),
+    (Lengths, Lengths(3, 2), 4),
+    (Segments, Segments(ints(0, 0, 1, -1)), 4),
+]
+
+
+@pytest.mark.parametrize(("owner", "mask", "size"), DOCUMENTED, ids=[str(mask) for _, mask, _ in DOCUMENTED])
+def test_docstrings_draw_what_the_masks_are(owner, mask, size):
+    """The picture stands in the docstring, line under line."""
+    lines, rows = owner.__doc__.splitlines(), mask.picture(size, size).splitlines()
+    windows = (lines[start : start + size] for start in range(len(lines) - size + 1))
+    assert any(all(row in line for row, line in zip(rows, window, strict=True)) for window in windows)
+
+
+@pytest.mark.parametrize(("T", "S", "offset"), [(5, 13, 0), (5, 13, 8), (13, 5, -8), (1, 13, 12), (13, 1, 3)])
+def test_to_array_with_unequal_lengths_and_an_offset(T, S, offset):
+    for name, (mask, allowed) in catalogue(T, S, offset).items():
+        np.testing.assert_array_equal(mask.to_array(T, S, q_offset=offset), allowed, err_msg=name)
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_to_array_is_the_picture(name):
+    mask, allowed = catalogue()[name]
+    rows = mask.picture(T, T).splitlines()
+    assert len(rows) == T and {len(row) for row in rows} == {T}
+    np.testing.assert_array_equal([[cell == "█" for cell in row] for row in rows], allowed)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal() & Window(100, 0),
+        Prefix(7) | Causal(),
+        Segments(np.arange(100_000, dtype=np.int32) // 1000),
+        Lengths(kv=np.int32(77)),
+        Function(striped, 3),
+        Function(lambda q, kv, table: q < kv, np.zeros(100_000, np.float32)),
+    ],
+    ids=str,
+)
+def test_large_masks_are_shown_small(mask):
+    """Nothing of T x S is built: 10^10 cells would not fit."""
+    drawn = mask.picture(100_000, 100_000)
+    assert max(map(len, drawn.splitlines())) <= 80 and len(drawn.splitlines()) <= 64
+    assert len(set(drawn)) > 1 and len(str(mask)) < 80
+
+
+def test_str_says_what_the_mask_is():
+    assert str(Causal()) == "Causal()"
+    assert str(Window(3, None)) == "Window(3, None)"
+    for part in ("Causal()", "Window(3, 0)", "~", "&", "|"):
+        assert part in str(~(Causal() & Window(3, 0)) | Prefix(2))
+    ids = Segments(np.zeros(10_000, np.int32))
+    assert "Segments" in str(ids) and "10000" in str(ids).replace("_", "").replace(",", "") and len(str(ids)) < 60
+    assert str((Causal() | Prefix(1)) & Prefix(2)) != str(Causal() | Prefix(1) & Prefix(2))
+    assert str(~(Causal() & Prefix(2))) != str(~Causal() & Prefix(2))
+
+
+ALGEBRA = {name: mask for name, (mask, _) in catalogue().items()}
+
+
+@pytest.mark.parametrize("name", ALGEBRA)
+def test_simplifications(name):
+    m = ALGEBRA[name]
+    assert Full() & m == m == m & Full()
+    assert Empty() | m == m == m | Empty()
+    assert Full() | m == Full() == m | Full()
+    assert Empty() & m == Empty() == m & Empty()
+    assert ~~m == m
+    assert m & m == m == m | m
+    assert m & copy.deepcopy(m) == m
+    assert ~Full() == Empty() and ~Empty() == Full()
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(list(catalogue()), 2)), ids="-".join)
+def test_algebra_is_elementwise(a, b):
+    (m, allowed), (n, admitted) = catalogue()[a], catalogue()[b]
+    for got, wanted in (
+        (m & n, allowed & admitted),
+        (n | m, allowed | admitted),
+        (~(m | n), ~(allowed | admitted)),
+        (~m & ~n, ~allowed & ~admitted),
+    ):
+        np.testing.assert_array_equal(got.to_array(T, T), wanted, err_msg=str(got))
+
+
+def test_longer_combinations():
+    m = (Causal() & Window(3, 3) & ~Prefix(1)) | (Prefix(2) & Lengths(q=9) & ~Window(0, 0))
+    wanted = draw(T, T, lambda i, j: (j <= i and abs(i - j) <= 3 and j >= 1) or (j < 2 and i < 9 and i != j))
+    np.testing.assert_array_equal(m.to_array(T, T), wanted)
+    assert (Causal() & Prefix(2)) & Full() & Prefix(2) == Causal() & Prefix(2)
+
+
+def test_equal_and_hash_by_value():
+    first, second = catalogue(), catalogue()
+    for name, (mask, _) in first.items():
+        assert mask == second[name][0] and hash(mask) == hash(second[name][0]), name
+    different = [mask for name, (mask, _) in first.items() if name not in ("moving", "prompt")]
+    assert all(a != b for a, b in itertools.combinations(different, 2))
+    assert len(set(different)) == len(different)
+    assert Window(1, 0) != Window(0, 1) and Window(1, 0) != Window(1, None) and Causal() != 3 and Causal() != "Causal()"
+    assert Segments(ints(0, 1)) != Segments(ints(0, 2)) and Segments(ints(0, 1)) != Segments(ints(0, 1), ints(0, 1))
+    assert Dense(np.array([True])) != Dense(np.array([False])) and Dense(np.array([True])) != Dense(np.array([[True]]))
+    assert SlidingWindow(3) == SlidingWindow(3) != SlidingWindow(4)
+    assert Function(striped, 3) == Function(striped, 3) != Function(striped, 4)
+
+
+@pytest.mark.parametrize("name", ALGEBRA)
+def test_values_are_frozen(name):
+    mask = ALGEBRA[name]
+    before = repr(mask)
+    for attribute in ("left", "length", "array", "anything"):
+        with pytest.raises((AttributeError, TypeError)):
+            setattr(mask, attribute, 1)
+    assert repr(mask) == before
+
+
+def test_values_can_be_copied_and_pickled():
+    for name, mask in ALGEBRA.items():
+        assert copy.deepcopy(mask) == mask == pickle.loads(pickle.dumps(mask)), name
+
+
+@pytest.mark.parametrize("name", ALGEBRA)
+def test_pytree_round_trip(name):
+    mask = ALGEBRA[name]
+    leaves, tree = jax.tree.flatten(mask)
+    assert jax.tree.unflatten(tree, leaves) == mask
+    assert jax.tree.map(lambda x: x, mask) == mask
+    jax.tree.unflatten(tree, [object() for _ in leaves])  # as JAX does; nothing may be checked then
+    jax.tree.unflatten(tree, [None for _ in leaves])
+
+
+def test_ints_are_static_and_arrays_dynamic():
+    assert jax.tree.leaves((Causal() & Window(3, None) | ~Prefix(2), Lengths(1, 2), SlidingWindow(3))) == []
+    for mask, count in [
+        (Prefix(jnp.int32(2)), 1),
+        (Lengths(kv=ints(1, 2)), 1),
+        (Lengths(jnp.int32(1), 2), 1),
+        (Window(np.int32(1), jnp.int32(2)), 2),
+        (Segments(ints(0, 1)), 1),
+        (Segments(ints(0, 1), ints(0, 1)), 2),
+        (Dense(np.ones((2, 2), bool)), 1),
+        (Causal() & (Segments(ints(0, 1)) | ~Dense(np.ones((2, 2), bool))), 2),
+        (Function(striped, np.int32(3)), 1),
+    ]:
+        assert len(jax.tree.leaves(mask)) == count, str(mask)
+
+
+@functools.partial(jit, static_argnames=("implementation", "T", "S"))
+def one_hot(mask, implementation, T=T, S=T, **options):
+    """With equal logits and one-hot values attention gives 1 / count where it may look."""
+    q, k, v = jnp.zeros((T, 1, 1)), jnp.zeros((S, 1, 1)), jnp.eye(S)[:, None]
+    return jattn.attention(q, k, v, mask=mask, implementation=implementation, **options)[:, 0]
+
+
+def seen(mask, implementation, **options):
+    """What attention sees of a mask."""
+    out = np.asarray(one_hot(mask, implementation, **options))
+    sees = out > 0
+    np.testing.assert_allclose(out, sees / np.maximum(sees.sum(-1, keepdims=True), 1), rtol=1e-5)
+    return sees
+
+
+implementations = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
+
+
+@implementations
+@pytest.mark.parametrize("name", catalogue())
+def test_attention_sees_what_is_drawn(name, implementation):
+    mask, allowed = catalogue()[name]
+    np.testing.assert_array_equal(seen(mask, implementation), allowed)
+    mask, allowed = catalogue(T, T, 5)[name]
+    np.testing.assert_array_equal(seen(mask, implementation, q_offset=5), allowed)
+
+
+def check_pair(a, b):
+    """Every combination of two masks, blockwise, in positions that are not even sorted."""
+    (m, allowed), (n, admitted) = catalogue()[a], catalogue()[b]
+    np.testing.assert_array_equal(seen(m & n, SMALL), allowed & admitted)
+    np.testing.assert_array_equal(seen(~m | n, SMALL), ~allowed | admitted)
+
+
+NAMES = list(catalogue())
+
+
+@pytest.mark.parametrize("i", range(len(NAMES)))
+def test_blocks_of_a_pair_tell_the_truth(i):
+    check_pair(NAMES[i], NAMES[(7 * i + 3) % len(NAMES)])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("a", "b"), list(itertools.product(NAMES, NAMES)), ids="-".join)
+def test_blocks_of_every_pair_tell_the_truth(a, b):
+    check_pair(a, b)
+
+
+BY_POSITION = [
+    "causal",
+    "window",
+    "left",
+    "right",
+    "self",
+    "moving",
+    "sliding",
+    "prefix",
+    "lengths",
+    "function",
+    "outside",
+]
+
+
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_blocks_of_scattered_positions_tell_the_truth(name):
+    """The bounds of a block are those of its positions, in whatever order these come."""
+    rng = np.random.default_rng(3)
+    q_pos, kv_pos = (rng.permutation(20)[:T].astype(np.int32) for _ in range(2))
+    mask, _ = catalogue()[name]
+    allowed = np.asarray(mask.to_array(20, 20))[q_pos][:, kv_pos]
+    np.testing.assert_array_equal(seen(mask, SMALL, q_positions=q_pos, kv_positions=kv_pos), allowed)
+
+    np.testing.assert_array_equal(
+        seen(mask, SMALL, q_offset=jnp.int32(3)), np.asarray(mask.to_array(T, T, q_offset=3))
+    )  # an offset that is known only when it runs
+
+
+@pytest.mark.parametrize("name", ["full", "empty", "causal", "window", "prefix_lm", "outside", "prompt"])
+def test_explain_counts_blocks_honestly(name):
+    """Shares of 5 x 3 blocks: exact where the mask is known while tracing."""
+    T, S = 13, 12
+    mask, allowed = catalogue(T, S)[name]
+    q, k = jax.ShapeDtypeStruct((T, 1, 1), jnp.float32), jax.ShapeDtypeStruct((S, 1, 1), jnp.float32)
+    told = jattn.explain(q, k, k, mask=mask, q_offset=0, implementation=SMALL)
+    blocks = [allowed[i : i + 3, j : j + 4] for i in range(0, T, 3) for j in range(0, S, 4)]
+    if jax.tree.leaves(mask):  # arrays decide, while it runs
+        assert told.empty is told.partial is told.full is None
+    else:
+        empty, full = np.mean([not b.any() for b in blocks]), np.mean([b.all() for b in blocks])
+        np.testing.assert_allclose((told.empty, told.partial, told.full), (empty, 1 - empty - full, full), atol=1e-6)
+
+
+@implementations
+def test_batched_arrays_are_right_aligned(implementation):
+    B = 3
+    zeros, eye = jnp.zeros((B, T, 2, 1)), jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, 2, T))
+
+    @jit
+    def see(mask):
+        out = jattn.attention(zeros, zeros, eye, mask=mask, implementation=implementation)
+        return jnp.moveaxis(out > 0, 2, 1)  # [B, N, T, S]
+
+    lengths, ids = ints(0, 4, 11), np.random.default_rng(0).integers(-1, 2, (B, T)).astype(np.int32)
+    short = np.arange(T) < lengths[:, None, None, None]
+    same = (ids[:, None, :, None] == ids[:, None, None, :]) & (ids >= 0)[:, None, :, None]
+    left = np.arange(T)[:, None] - np.arange(T) <= lengths[:, None, None, None]
+    whole = (B, 2, T, T)
+    np.testing.assert_array_equal(see(Prefix(lengths)), np.broadcast_to(short, whole))
+    np.testing.assert_array_equal(see(Lengths(kv=lengths)), np.broadcast_to(short, whole))
+    np.testing.assert_array_equal(see(Lengths(q=lengths)), np.broadcast_to(np.swapaxes(short, 2, 3), whole))
+    np.testing.assert_array_equal(see(Window(lengths, None)), np.broadcast_to(left, whole))
+    np.testing.assert_array_equal(see(Segments(ids)), np.broadcast_to(same, whole))
+    np.testing.assert_array_equal(see(Segments(ids[:1])), np.broadcast_to(same[:1], whole))
+    np.testing.assert_array_equal(see(Segments(ids) & ~Prefix(lengths)), np.broadcast_to(same & ~short, whole))
+    assert Prefix(lengths).to_array(T, T).shape == Segments(ids).to_array(T, T).shape == (B, T, T)
+    np.testing.assert_array_equal(Segments(ids).to_array(T, T), same[:, 0])
+
+
+@implementations
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_one_leading_dim_more_is_the_heads(implementation, batch):
+    """Also where query heads share a key head: each has a mask of its own."""
+    N = 4
+    q, k = jnp.zeros((*batch, T, N, 1)), jnp.zeros((*batch, T, 2, 1))
+    eye = jnp.broadcast_to(jnp.eye(T)[:, None], (*batch, T, 2, T))
+
+    @jit
+    def see(mask):
+        out = jattn.attention(q, k, eye, mask=mask, implementation=implementation)
+        return jnp.moveaxis(out > 0, -2, -3)  # [*batch, N, T, S]
+
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, T, (*batch, N)).astype(np.int32)
+    ids = rng.integers(-1, 2, (*batch, N, T)).astype(np.int32)
+    j = np.arange(T)
+    wide = counts[..., None, None]
+    whole = (*batch, N, T, T)
+    same = (ids[..., None] == ids[..., None, :]) & (ids >= 0)[..., None]
+    np.testing.assert_array_equal(see(Prefix(counts)), np.broadcast_to(j < wide, whole))
+    np.testing.assert_array_equal(see(Lengths(q=counts)), np.broadcast_to(j[:, None] < wide, whole))
+    np.testing.assert_array_equal(see(Window(counts, 0)), (j <= j[:, None]) & (j[:, None] - j <= wide))
+    np.testing.assert_array_equal(see(Segments(ids)), same)
+    np.testing.assert_array_equal(see(Causal() & Segments(ids)), same & (j <= j[:, None]))
+    np.testing.assert_array_equal(see(Segments(ids[..., :1, :])), np.broadcast_to(same[..., :1, :, :], whole))
+
+
+@implementations
+def test_arguments_of_jit_vmap_and_scan(implementation):
+    ids = np.sort(np.random.default_rng(2).integers(-1, 3, (3, T))).astype(np.int32)
+    mask = (Causal() | Prefix(ints(1, 5, 9))) & Segments(ids)
+    one = [jax.tree.map(lambda a, i=i: jnp.asarray(a)[i], mask) for i in range(3)]
+    wanted = np.stack([m.to_array(T, T) for m in one])
+    zeros, eye = jnp.zeros((T, 1, 1)), jnp.eye(T)[:, None]
+
+    def see(mask):
+        return jattn.attention(zeros, zeros, eye, mask=mask, implementation=implementation)[:, 0] > 0
+
+    np.testing.assert_array_equal(jit(see)(one[1]), wanted[1])
+    np.testing.assert_array_equal(jit(jax.vmap(see))(mask), wanted)
+    np.testing.assert_array_equal(jit(lambda mask: jax.lax.map(see, mask))(mask), wanted)
+
+    @jit
+    def scanned(first, mask):
+        return jax.lax.scan(lambda carry, m: (carry, see(m) & see(carry)), first, mask)
+
+    carried, stacked = scanned(Causal() & Window(4, 0), mask)
+    assert carried == Causal() & Window(4, 0)
+    np.testing.assert_array_equal(stacked, wanted & draw(T, T, lambda i, j: i - 4 <= j <= i))
+    chosen = jit(lambda here, mask: jax.lax.cond(here, see, lambda m: ~see(m), mask))(True, one[2])
+    np.testing.assert_array_equal(chosen, wanted[2])
+
+
+def test_static_arguments_and_retracing():
+    """Equal ints share a trace, new ints do not; new arrays do."""
+    traces = []
+
+    @jit
+    def f(mask):
+        traces.append(mask)
+        return jnp.asarray(mask.to_array(3, 3))
+
+    f(Window(1, 0)), f(Window(1, 0)), f(Window(2, 0))
+    assert len(traces) == 2
+    f(Prefix(jnp.int32(1))), f(Prefix(jnp.int32(2)))
+    assert len(traces) == 3
+    np.testing.assert_array_equal(jit(lambda m: m.to_array(3, 3), static_argnums=0)(Causal()), np.tri(3) > 0)
+
+
+@implementations
+def test_function_takes_arrays_and_pytrees(implementation):
+    def fn(q_pos, kv_pos, stride, tables):
+        return ((q_pos + stride * kv_pos) % 4 == tables["rest"]) | (kv_pos == tables["also"][1])
+
+    mask = Function(fn, np.int32(3), {"rest": jnp.int32(1), "also": ints(7, 2)})
+    wanted = draw(T, T, lambda i, j: (i + 3 * j) % 4 == 1 or j == 2)
+    np.testing.assert_array_equal(mask.to_array(T, T), wanted)
+    np.testing.assert_array_equal(seen(mask, implementation), wanted)
+    several = jax.vmap(lambda stride: one_hot(Function(striped, stride), implementation) > 0)(jnp.asarray(ints(2, 3)))
+    for stride, got in zip((2, 3), several, strict=True):
+        np.testing.assert_array_equal(got, draw(T, T, lambda i, j, s=stride: (i + 2 * j) % s != 0))
+
+
+def test_bare_booleans_are_dense():
+    array = np.random.default_rng(0).random((T, T)) < 0.5
+    for mask in (array, jnp.asarray(array), Dense(array), Dense(jnp.asarray(array))):
+        np.testing.assert_array_equal(seen(mask, "dense"), array)
+
+
+WRONG = {
+    "negative left": (lambda: Window(-1, 0), ValueError, "left.*-1"),
+    "negative right": (lambda: Window(0, -2), ValueError, "right.*-2"),
+    "fractional window": (lambda: Window(1.5, 0), TypeError, "left"),
+    "float window array": (lambda: Window(np.ones(3, np.float32), 0), TypeError, "left"),
+    "boolean window": (lambda: Window(True, 0), TypeError, "left"),
+    "window by name": (lambda: Window("2", 0), TypeError, "left"),
+    "sliding window of nothing": (lambda: SlidingWindow(0), ValueError, "SlidingWindow"),
+    "sliding window of 2.5": (lambda: SlidingWindow(2.5), (TypeError, ValueError), "SlidingWindow"),
+    "negative prefix": (lambda: Prefix(-1), ValueError, "length.*-1"),
+    "fractional prefix": (lambda: Prefix(1.0), TypeError, "length"),
+    "no prefix": (lambda: Prefix(None), TypeError, "length"),
+    "negative length": (lambda: Lengths(kv=-1), ValueError, "kv.*-1"),
+    "fractional length": (lambda: Lengths(q=2.5), TypeError, "q"),
+    "float lengths": (lambda: Lengths(q=np.ones(2, np.float32)), TypeError, "q"),
+    "float ids": (lambda: Segments(np.ones(3, np.float32)), TypeError, "Segments q"),
+    "boolean ids": (lambda: Segments(np.ones(3, bool)), TypeError, "Segments q"),
+    "float key ids": (lambda: Segments(ints(1, 2), np.ones(2, np.float32)), TypeError, "Segments kv"),
+    "one id": (lambda: Segments(np.int32(3)), (TypeError, ValueError), "Segments q"),
+    "a list of ids": (lambda: Segments("abc"), TypeError, "Segments q"),
+    "ints for booleans": (lambda: Dense(np.ones((3, 3), np.int32)), TypeError, "Dense"),
+    "floats for booleans": (lambda: Dense(np.zeros((3, 3), np.float32)), TypeError, "Dense"),
+    "no array": (lambda: Dense(None), TypeError, "Dense"),
+    "not a function": (lambda: Function(3), TypeError, "fn"),
+    "and an int": (lambda: Causal() & 3, TypeError, "mask"),
+    "or a name": (lambda: Causal() | "window", TypeError, "mask"),
+    "ids of another length": (lambda: Segments(ints(0, 1, 2)).to_array(5, 5), ValueError, "Segments"),
+    "ids of one length for two": (lambda: Segments(ints(0, 1, 2)).to_array(3, 5), ValueError, "Segments"),
+    "array of another size": (lambda: Dense(np.ones((3, 4), bool)).to_array(3, 5), ValueError, "Dense"),
+    "a function of numbers": (lambda: Function(lambda q, kv: q - kv).to_array(3, 3), TypeError, "Function"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors(name):
+    build, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_every_mask_is_in_the_catalogue():
+    """So that a new mask is tested by all of the above."""
+    public = {
+        name for name, value in vars(masks).items() if isinstance(value, type) and issubclass(value, masks.Mask)
+    } - {"Mask"}
+    used = {type(part).__name__ for mask in ALGEBRA.values() for part in parts(mask)}
+    assert public <= used
+
+
+def parts(mask):
+    yield mask
+    for value in vars(mask).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, masks.Mask):
+                yield from parts(part)

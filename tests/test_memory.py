@@ -1,0 +1,130 @@
+"""Memory linear in the sequence length, in every mode, for every mask and score; only compiled, never run."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jattn
+from jattn import masks
+from tests import cases, modes, problems
+from tests.cases import Case
+
+MIB = 2**20
+MODES = ("forward", "grad", "jvp", "hvp_forward_over_reverse", "hvp_reverse_over_reverse", "scan_grad")
+MARK = 13  # the length at which a case is built, to see which axes of its arrays grow
+CASE = Case("long", (), T=MARK, S=MARK, N=2, K=1, H=32, V=16)
+AS_LONG_AS_BOTH = {"bias", "bias_full"}  # [T, S] arrays: the caller's, and so would be their gradient
+KINDS = {"function_mask" if name == "function" else name: {"mask": name} for name in cases.MASKS}
+KINDS |= {name: {"scores": score} for name, score in problems.SCORES.items() if score}
+KINDS |= {"dropout": {"dropout": 0.1}}
+
+
+def grown(tree, T):
+    """The arrays of a case of length MARK as they are at length T."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct([T if n == MARK else n for n in a.shape], a.dtype), tree)
+
+
+def temp_bytes(f, *args):
+    return problems.compile(f, *args).memory_analysis().temp_size_in_bytes
+
+
+def temp_of(mode, kind, T):
+    case = CASE._replace(**kind)
+    arrays = cases.score_arrays(case)
+    fixed = {name: a for name, a in arrays.items() if name in AS_LONG_AS_BOTH}
+    args = (*cases.inputs(case), {name: a for name, a in arrays.items() if name not in fixed})
+
+    def f(args, tangents, fixed, mask_arrays):
+        def attention(q, k, v, arrays):
+            return jattn.attention_with_lse(
+                q,
+                k,
+                v,
+                mask=cases.build_mask(case, mask_arrays),
+                scores=cases.build_scores(case, arrays | fixed),
+                dropout=jattn.Dropout(case.dropout, jax.random.key(0)) if case.dropout else None,
+                implementation="blockwise",
+            )
+
+        return modes.MODES[mode](attention, args, tangents)
+
+    return temp_bytes(f, *grown((args, args, fixed, cases.mask_arrays(case)), T))
+
+
+def assert_linear(mode, kind, lengths):
+    temps = [temp_of(mode, KINDS[kind], T) for T in lengths]
+    print(mode, kind, *(f"{x / MIB:.2f}" for x in temps))
+    for (T, small), (longer, large) in itertools.pairwise(zip(lengths, temps, strict=True)):
+        assert large <= 1.02 * small * longer / T, f"{small / MIB:.2f} MiB at {T}, {large / MIB:.2f} MiB at {longer}"
+
+
+SELECTION = {
+    "causal": "grad",
+    "window_256": "hvp_reverse_over_reverse",
+    "window_array": "jvp",
+    "prefix_lm": "scan_grad",
+    "lengths": "hvp_forward_over_reverse",
+    "segments_causal": "scan_grad",
+    "dense": "grad",
+    "function_mask": "hvp_reverse_over_reverse",
+    "bias_full": "hvp_forward_over_reverse",
+    "bias_keys": "grad",
+    "relative": "hvp_reverse_over_reverse",
+    "function": "forward",
+    "chain": "scan_grad",
+    "dropout": "jvp",
+}
+
+
+@pytest.mark.parametrize(("kind", "mode"), list(SELECTION.items()), ids=SELECTION)
+def test_memory_is_linear(mode, kind):
+    assert_linear(mode, kind, (4096, 16384))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_is_linear_everywhere(mode, kind):
+    assert_linear(mode, kind, (4096, 8192, 16384, 32768))
+
+
+def spec(T, heads, width, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((T, heads, width), dtype)
+
+
+def causal(q, k, v):
+    return jattn.attention(q, k, v, mask=masks.Causal())
+
+
+def test_absolute_memory():
+    args = [spec(16384, 4, 64)] * 3
+    forward = temp_bytes(causal, *args)
+    grad = temp_bytes(jax.grad(lambda *a: jnp.sin(causal(*a)).sum(), (0, 1, 2)), *args)
+    print(f"forward {forward / MIB:.1f} MiB, grad {grad / MIB:.1f} MiB")
+    assert forward <= 60 * MIB
+    assert grad <= 120 * MIB
+
+
+@pytest.mark.parametrize("derivative", ["forward", "grad"])
+def test_keys_and_values_are_not_repeated(derivative):
+    T, N, H = 16384, 16, 64
+    one_copy = T * N * H * 4
+
+    def expanded(q, k, v):
+        return causal(q, *(jnp.repeat(x, N, axis=1) for x in (k, v)))
+
+    def temp(f, K):
+        wrapped = f if derivative == "forward" else jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2))
+        return temp_bytes(wrapped, spec(T, N, H), spec(T, K, H), spec(T, K, H))
+
+    shared, own, repeated = temp(causal, 1), temp(causal, N), temp(expanded, 1)
+    print(*(f"{x / MIB:.1f}" for x in (shared, own, repeated)))
+    assert shared <= own
+    assert shared <= repeated - one_copy
+
+
+def test_gradient_of_65536_tokens_compiles():
+    grad = jax.grad(lambda *a: jnp.sin(causal(*a)).sum(), (0, 1, 2))
+    assert temp_bytes(grad, *[spec(65536, 2, 64)] * 3) < 65536**2

@@ -1,0 +1,70 @@
+"""README is true: its Python runs, its pictures are what the masks say, its commands are those of CI."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from jattn import masks
+from tests.test_house import ORDER
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    """(line number, text) of each fenced block of a language."""
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
+        yield README[: match.start(1)].count("\n"), match.group(1)
+
+
+def test_every_python_block_runs_in_order():
+    found = list(blocks("python"))
+    assert found
+    namespace = {"__name__": "readme"}
+    for line, text in found:
+        # The empty lines make a traceback point into README.
+        exec(compile("\n" * line + text, "README.md", "exec"), namespace)
+
+
+def test_the_first_screen_has_python_and_both_commands():
+    first = "\n".join(README.splitlines()[:45])
+    assert "```python" in first and "-m jattn\n" in first and "pytest" in first
+
+
+def test_each_command_sets_itself_up_and_ci_runs_the_tests_to_the_letter():
+    commands = [text.strip() for _, text in blocks("bash")]
+    main_job, tests = commands[:2]
+    for command in (main_job, tests):
+        assert "\n" not in command
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
+    assert main_job.endswith(" && .venv/bin/python -m jattn")
+    assert " && .venv/bin/pytest" in tests
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    for workflow in ROOT.glob(".github/workflows/*.y*ml"):
+        assert ".ci/run" in workflow.read_text()
+
+
+def test_the_reading_order_is_the_one_that_imports_obey():
+    table = README.split("## Reading order")[1].split("\n## ")[0]
+    files = re.findall(r"`(\w+)\.py`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    assert files == [name for name in ORDER if name not in ("version", "__init__")]
+
+
+def test_the_drawn_masks():
+    """Each column of the drawing: a title of one or two lines (a mask, T, S, q_offset), then rows of █ and ·."""
+    (drawing,) = (text for _, text in blocks("text") if "█" in text)
+    lines = drawing.splitlines()
+    starts = [match.start() for match in re.finditer(r"\S+(?: ?\S+)*", lines[0])]
+    columns = [
+        [line[start:end].strip() for line in lines] for start, end in zip(starts, [*starts[1:], None], strict=True)
+    ]
+    assert len(columns) >= 5
+    for column in columns:
+        title = " ".join(line for line in column if line and not re.fullmatch("[█·]+", line))
+        drawn = [line for line in column if re.fullmatch("[█·]+", line)]
+        mask, *options = re.split(r", (?=T=)", title)
+        mask = eval(mask, vars(masks) | {"Segments": lambda ids: masks.Segments(np.array(ids, np.int32))})
+        options = eval(f"dict({options[0] if options else 'T=4, S=4'})")
+        array = np.squeeze(np.asarray(mask.to_array(**options)))
+        assert ["".join("·█"[allowed] for allowed in row) for row in array.astype(int)] == drawn, title

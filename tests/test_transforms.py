@@ -1,0 +1,525 @@
+"""What JAX does to a function around attention, and the caller's settings: nothing changes, nothing is gathered."""
+
+import itertools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+import jattn
+from jattn import masks, scores
+from tests import cases, modes, problems
+from tests.cases import CASES
+
+SMALL = jattn.Blockwise(block_q=4, block_kv=5)
+both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
+B, T, S, N, K, H, V = 2, 13, 11, 6, 3, 5, 7
+
+
+def draw(*batch, T=T, S=S, N=N, K=K, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = (*batch, T, N, H), (*batch, S, K, H), (*batch, S, K, V)
+    return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
+
+
+def close(x, y, tol=1e-5):
+    chex.assert_trees_all_close(x, y, rtol=tol, atol=tol)
+
+
+def gradient(f):
+    return jax.grad(lambda *args: jnp.sin(f(*args).astype(jnp.float32)).sum(), (0, 1, 2))
+
+
+# export ------------------------------------------------------------------------------------------------------------
+
+
+some_implementations = pytest.mark.parametrize("implementation", [None, "dense", "blockwise", SMALL], ids=str)
+
+
+@some_implementations
+def test_export_with_symbolic_batch_and_length(implementation):
+    def f(q, k, v, ids, implementation=implementation):
+        mask = masks.Causal() & masks.Segments(ids)
+        return jattn.attention(q, k, v, mask=mask, scores=(scores.SoftCap(3.0),), implementation=implementation)
+
+    def value_and_gradient(q, k, v, ids, implementation=implementation):
+        def fixed(q, k, v):
+            return f(q, k, v, ids, implementation)
+
+        return fixed(q, k, v), gradient(fixed)(q, k, v)
+
+    b, t = jax.export.symbolic_shape("b, t")
+    specs = [jax.ShapeDtypeStruct((b, t, *x.shape[2:]), x.dtype) for x in (*draw(1), np.zeros((1, 1), np.int32))]
+    exported = jax.export.export(jax.jit(value_and_gradient))(*specs)
+    for batch, length in ((1, 3), (3, 14)):
+        args = (*draw(batch, T=length, S=length), np.arange(batch * length, dtype=np.int32).reshape(batch, length) // 4)
+        close(exported.call(*args), value_and_gradient(*args, implementation="dense"))
+
+
+@pytest.mark.parametrize("implementation", [None, SMALL], ids=str)
+def test_export_with_two_symbolic_lengths(implementation):
+    def f(q, k, v, lengths, offset, implementation=implementation):
+        mask = masks.Causal() & masks.Lengths(kv=lengths)
+        return jattn.attention(q, k, v, mask=mask, q_offset=offset, implementation=implementation)
+
+    t, s = jax.export.symbolic_shape("t, s")
+    q, k, v = draw()
+    lengths, offset = np.int32(9), np.int32(3)
+    specs = [jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for n, x in ((t, q), (s, k), (s, v))]
+    scalar = jax.ShapeDtypeStruct((), np.int32)
+    exported = jax.export.export(jax.jit(f))(*specs, scalar, scalar)
+    close(exported.call(q, k, v, lengths, offset), f(q, k, v, lengths, offset, implementation="dense"))
+
+
+def test_an_exported_function_has_a_derivative_and_other_platforms():
+    def f(q, k, v, implementation=SMALL):
+        return jattn.attention(q, k, v, mask=masks.Window(2, 1), q_offset=1, implementation=implementation)
+
+    def dense(q, k, v):
+        return f(q, k, v, "dense")
+
+    exported = jax.export.export(jax.jit(f), platforms=("cpu", "cuda", "tpu"))(*draw())
+    close(gradient(exported.call)(*draw()), gradient(dense)(*draw()))
+
+
+# devices -----------------------------------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter|ragged-all-to-all)\b")
+
+
+def mesh():
+    return jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("batch", "heads"))
+
+
+def test_the_check_for_collectives_sees_one():
+    x = jax.device_put(jnp.ones((4, 2)), jax.NamedSharding(mesh(), jax.P("batch", "heads")))
+    assert COLLECTIVE.search(jax.jit(lambda x: x.sum()).lower(x).compile().as_text())
+
+
+def hvp(f):
+    return lambda *args: jax.jvp(gradient(f), args, args)[1]
+
+
+DERIVATIVES = {"forward": lambda f: f, "grad": gradient, "hvp": hvp}
+
+
+@pytest.mark.parametrize("how", ["automatic", "shard_map"])
+@pytest.mark.parametrize(
+    ("implementation", "derivative"),
+    [
+        ("dense", "forward"),
+        ("dense", "grad"),
+        (SMALL, "forward"),
+        (SMALL, "grad"),
+        (SMALL, "hvp"),
+        ("blockwise", "grad"),
+    ],
+    ids=str,
+)
+def test_batch_and_heads_over_devices_need_no_collective(implementation, derivative, how):
+    q, k, v = draw(8, N=4, K=2)
+    ids = np.sort(np.random.default_rng(0).integers(-1, 3, (8, T)), axis=-1).astype(np.int32)
+    args = (q, k, v, ids, np.asarray(scores.alibi_slopes(4)))
+    heads = jax.P("batch", None, "heads")
+    specs = (heads, heads, heads, jax.P("batch"), jax.P("heads"))
+
+    def f(q, k, v, ids, slopes, implementation=implementation):
+        def attention(q, k, v):
+            mask = masks.Window(4, 0) & masks.Segments(ids, ids[:, :S])
+            options = dict(mask=mask, scores=(scores.ALiBi(slopes),), q_offset=1)
+            return jattn.attention(q, k, v, implementation=implementation, **options)
+
+        return DERIVATIVES[derivative](attention)(q, k, v)
+
+    out_specs = jax.tree.map(lambda _: heads, jax.eval_shape(f, *args))
+    over_devices = jax.shard_map(f, mesh=mesh(), in_specs=specs, out_specs=out_specs) if how == "shard_map" else f
+    placed = [jax.device_put(x, jax.NamedSharding(mesh(), spec)) for x, spec in zip(args, specs, strict=True)]
+    executable = problems.compile(over_devices, *placed)
+    found = COLLECTIVE.findall(executable.as_text())
+    assert not found, found
+    result = executable(*placed)
+    for leaf in jax.tree.leaves(result):
+        assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh(), heads), leaf.ndim)
+    expected = problems.jit(lambda *args: f(*args, implementation="dense"))(*args)
+    close(*(jax.tree.map(np.asarray, x) for x in (result, expected)), 1e-4)
+
+
+# loops and remat ---------------------------------------------------------------------------------------------------
+
+
+def layers(count=3):
+    """A mask and scores for each layer, stacked: values are pytrees."""
+    rng = np.random.default_rng(1)
+    each = [
+        (
+            masks.Causal() & masks.Segments(rng.integers(0, 2, T).astype(np.int32)),
+            (
+                scores.ALiBi(jnp.asarray(rng.uniform(0, 1, N), jnp.float32)),
+                scores.Bias(jnp.full((1, T), i, jnp.float32)),
+            ),
+        )
+        for i in range(count)
+    ]
+    return each, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+@both
+def test_masks_and_scores_run_through_scan(implementation):
+    each, stacked = layers()
+    q, k, v = draw(S=T)
+
+    def layer(q, mask, scores):
+        out = jattn.attention(q, k, v, mask=mask, scores=scores, implementation=implementation)
+        return q + out.sum(-1, keepdims=True)
+
+    def scanned(q, stacked):
+        return jax.lax.scan(lambda q, options: (layer(q, *options), None), q, stacked)[0]
+
+    def unrolled(q, each):
+        for options in each:
+            q = layer(q, *options)
+        return q
+
+    def differentiated(f, q, options):
+        def total(q, options):
+            out = f(q, options)
+            return jnp.sin(out).sum(), out
+
+        return problems.jit(jax.grad(total, (0, 1), allow_int=True, has_aux=True))(q, options)
+
+    (dq, dstacked), out = differentiated(scanned, q, stacked)
+    (expected_dq, deach), expected = differentiated(unrolled, q, each)
+    close((out, dq), (expected, expected_dq), 1e-4)
+    for i, (_, (alibi, bias)) in enumerate(deach):
+        close((dstacked[1][0].slopes[i], dstacked[1][1].array[i]), (alibi.slopes, bias.array), 1e-4)
+
+
+@both
+def test_masks_and_scores_run_through_while_loop_and_cond(implementation):
+    each, _ = layers()
+    q, k, v = draw(S=T)
+
+    def f(options):
+        mask, modifiers = options
+        return jattn.attention(q, k, v, mask=mask, scores=modifiers, implementation=implementation)
+
+    @jax.jit
+    def loop(options):
+        def step(state):
+            i, options, total = state
+            return i + 1, options, total + f(options)
+
+        return jax.lax.while_loop(lambda state: state[0] < 2, step, (0, options, jnp.zeros((T, N, V))))[2]
+
+    close(loop(each[0]), 2 * f(each[0]))
+    chosen = jax.jit(lambda first: f(jax.lax.cond(first, lambda: each[0], lambda: each[1])))
+    close(chosen(True), f(each[0]))
+    close(chosen(False), f(each[1]))
+
+
+POLICIES = {
+    "default": None,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_without_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "named": jax.checkpoint_policies.save_only_these_names("out"),
+    "unnamed": jax.checkpoint_policies.save_anything_except_these_names("out"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["out"],
+        names_which_can_be_offloaded=[],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_every_checkpoint_policy(policy):
+    args = draw(S=T)
+
+    def f(q, k, v, implementation=SMALL):
+        mask = masks.Causal() & masks.Segments(np.arange(T, dtype=np.int32) // 5)
+        out = jattn.attention(q, k, v, mask=mask, implementation=implementation)
+        return checkpoint_name(out, "out")
+
+    expected = gradient(lambda *args: f(*args, "dense"))(*args)
+    close(problems.jit(gradient(jax.checkpoint(f, policy=policy)))(*args), expected)
+
+
+# vmap over every option --------------------------------------------------------------------------------------------
+
+
+def ints(*shape, low=0, high=6):
+    return np.random.default_rng(2).integers(low, high, shape).astype(np.int32)
+
+
+def floats(*shape):
+    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+
+OPTIONS = {
+    "segments": ((ints(T, high=3), ints(S, low=-1, high=3)), lambda q, kv: {"mask": masks.Segments(q, kv)}),
+    "segments_q": ((ints(N, T, high=3),), lambda q: {"mask": masks.Segments(q, ints(S, high=3))}),
+    "dense": ((floats(N, T, S) > -0.5,), lambda x: {"mask": x}),
+    "dense_of_keys": ((floats(1, S) > -0.5,), lambda x: {"mask": masks.Dense(x)}),
+    "lengths": ((ints(), ints()), lambda q, kv: {"mask": masks.Lengths(q + 5, kv + 5)}),
+    "prefix": ((ints(N),), lambda length: {"mask": masks.Prefix(length) | masks.Causal()}),
+    "window": ((ints(),), lambda left: {"mask": masks.Window(left, 1)}),
+    "function_mask": ((ints() + 2,), lambda n: {"mask": masks.Function(cases.strided, n)}),
+    "bias": ((floats(N, T, S),), lambda x: {"scores": (scores.Bias(x),)}),
+    "bias_of_keys": ((floats(1, S),), lambda x: {"scores": (scores.Bias(x),)}),
+    "cap": ((abs(floats()) + 1,), lambda x: {"scores": (scores.SoftCap(x),)}),
+    "alibi": ((floats(N),), lambda x: {"scores": (scores.ALiBi(x),)}),
+    "table": ((floats(8, N),), lambda x: {"scores": (scores.RelativePosition(x, max_distance=11),)}),
+    "sink": ((floats(N),), lambda x: {"scores": (scores.Sink(x),)}),
+    "function": (
+        (floats(), floats()),
+        lambda a, b: {"scores": (scores.Function(cases.wave, {"height": a, "frequency": b}),)},
+    ),
+    "q_offset": ((ints(),), lambda n: {"mask": masks.Causal(), "q_offset": n}),
+    "positions": (
+        (ints(T, high=20), ints(S, high=20)),
+        lambda q, kv: {"mask": masks.Window(3, 3), "q_positions": q, "kv_positions": kv},
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize(("option", "axis"), list(zip(OPTIONS, itertools.cycle([0, -1, 1]))))
+def test_vmap_over_each_option_alone(option, axis, implementation):
+    vmap_over(option, axis, implementation)
+
+
+@pytest.mark.sweep
+@both
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sweep_of_vmap_over_each_option_alone(option, axis, implementation):
+    vmap_over(option, axis, implementation)
+
+
+def vmap_over(option, axis, implementation):
+    arrays, build = OPTIONS[option]
+    q, k, v = draw()
+
+    def f(*arrays):
+        chosen = {"q_offset": 2} | build(*arrays)
+        if "q_positions" in chosen:
+            del chosen["q_offset"]
+        return jattn.attention_with_lse(q, k, v, implementation=implementation, **chosen)
+
+    def other(x):
+        return ~x if x.dtype == bool else x + x.dtype.type(1)
+
+    axes = [min(axis, x.ndim) for x in arrays]
+    several = [np.stack([x, other(x)], axis=a) for x, a in zip(arrays, axes, strict=True)]
+    out, alone = problems.jit(jax.vmap(f, in_axes=axes))(*several), problems.jit(f)
+    for i, row in enumerate((arrays, [other(x) for x in arrays])):
+        close(jax.tree.map(lambda x, i=i: x[i], out), alone(*row))
+
+
+def test_vmap_over_all_together_and_nested():
+    """What is mapped arrives as batch dims, also in values that are pytrees."""
+    ids, bias = ints(3, 2, T, high=3), floats(3, 2, N, 1, T)
+    q, k, v = draw(3, 2, S=T)
+
+    def f(q, k, v, mask, modifiers):
+        return jattn.attention(q, k, v, mask=mask, scores=modifiers, implementation=SMALL)
+
+    batched = f(q, k, v, masks.Causal() & masks.Segments(ids), (scores.Bias(bias),))
+    mapped = jax.vmap(jax.vmap(f))(q, k, v, masks.Causal() & masks.Segments(ids), (scores.Bias(bias),))
+    close(mapped, batched)
+
+
+# the caller's settings ---------------------------------------------------------------------------------------------
+
+
+@both
+def test_disable_jit(implementation):
+    q, k, v = draw(T=5, S=5)
+
+    def f(q, k, v):
+        mask = masks.Causal() & masks.Lengths(kv=np.int32(4))
+        return jattn.attention(q, k, v, mask=mask, scores=(scores.SoftCap(2.0),), implementation=implementation)
+
+    def everything(q, k, v):
+        return f(q, k, v), gradient(f)(q, k, v), jax.jvp(f, (q, k, v), (q, k, v))[1]
+
+    with jax.disable_jit():
+        slow = everything(q, k, v)
+    close(slow, problems.jit(everything)(q, k, v))
+
+
+@both
+@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("check", [jax.debug_nans, jax.debug_infs])
+def test_debug_nans_and_infs(check, compiled, implementation):
+    q, k, v = draw()
+    mask = masks.Causal() & masks.Dense(np.arange(T)[:, None] + np.zeros((1, S), int) != 6)
+
+    def f(q, k, v):
+        return jattn.attention(
+            q, k, v, mask=mask, q_offset=-3, scores=(scores.SoftCap(2.0),), implementation=implementation
+        )
+
+    def everything(q, k, v):
+        return f(q, k, v), gradient(f)(q, k, v), jax.jvp(f, (q, k, v), (q, k, v))[1]
+
+    everything = jax.jit(everything) if compiled else everything
+    with check(True):
+        for leaf in jax.tree.leaves(everything(q, k, v)):
+            assert np.isfinite(leaf).all()
+
+
+@both
+@pytest.mark.parametrize("name", ["packed", "relative", "dropout", "bfloat16"])
+def test_x64_changes_no_dtype_and_no_number(name, implementation):
+    case = CASES[name]
+
+    def run():
+        chosen = cases.options(case)
+        args = cases.inputs(case)
+
+        def f(*args):
+            return jattn.attention_with_lse(*args, implementation=implementation, **chosen)
+
+        return problems.jit(lambda *args: (f(*args), jax.grad(modes.loss(f), (0, 1, 2))(*args)))(*args)
+
+    narrow = run()
+    with jax.enable_x64(True):
+        wide = run()
+    chex.assert_trees_all_equal_dtypes(narrow, wide)
+    assert narrow[0][1].dtype == np.float32
+    as_float = [jax.tree.map(lambda x: np.asarray(x, np.float32), x) for x in (narrow, wide)]
+    tol = 2e-2 if case.dtype == "bfloat16" else 1e-5
+    close(*as_float, tol)
+
+
+@both
+def test_float16_under_jit(implementation):
+    args = draw(dtype=np.float16)
+
+    def f(q, k, v):
+        return jattn.attention(q, k, v, mask=masks.Causal(), q_offset=-2, implementation=implementation)
+
+    out, grads = jax.jit(f)(*args), jax.jit(gradient(f))(*args)
+    wide = [x.astype(np.float32) for x in args]
+    for half, single in zip((out, *grads), (f(*wide), *gradient(f)(*wide)), strict=True):
+        assert half.dtype == np.float16
+        close(half.astype(np.float32), single, 1e-2)
+
+
+def test_numpy_is_accepted_everywhere():
+    q, k, v = draw(B)
+    keep = np.random.default_rng(0).random((B, 1, T, S)) < 0.7
+    bias = floats(N, T, S)
+    options = dict(mask=keep, scores=[scores.Bias(bias)], q_offset=np.int32(2))
+    arrays = jax.tree.map(jnp.asarray, (q, k, v))
+    for f in (jattn.attention, jattn.attention_with_lse):
+        close(f(q, k, v, **options), f(*arrays, **options))
+    close(jattn.attention_weights(q, k, **options), jattn.attention_weights(*arrays[:2], **options))
+    v = v[..., :H]
+    lengths = np.array([4, 11], np.int32)
+    for chosen in (
+        dict(bias=bias[None], mask=keep, scale=0.3),
+        dict(mask=keep),
+        dict(is_causal=True, local_window_size=(2, 1)),
+        dict(key_value_seq_lengths=lengths, query_seq_lengths=lengths),
+    ):
+        close(jattn.dot_product_attention(q, k, v, **chosen), jax.nn.dot_product_attention(q, k, v, **chosen))
+
+
+# tracing -----------------------------------------------------------------------------------------------------------
+
+
+def values(seed):
+    """Equal structure, new arrays."""
+    rng = np.random.default_rng(seed)
+    ids = jnp.asarray(rng.integers(0, 3, T), jnp.int32)
+    mask = (masks.Window(3, 0) & masks.Segments(ids, ids[:S])) | ~masks.Dense(jnp.asarray(rng.random((T, S)) < 0.5))
+    mask = mask | masks.Function(cases.strided, jnp.int32(seed + 2)) | masks.Prefix(jnp.int32(seed))
+    modifiers = (
+        scores.Bias(jnp.asarray(rng.normal(size=(N, 1, S)), jnp.float32)),
+        scores.SoftCap(2.0),
+        scores.ALiBi(jnp.asarray(rng.uniform(size=N), jnp.float32)),
+        scores.RelativePosition(jnp.asarray(rng.normal(size=(8, N)), jnp.float32), max_distance=11),
+        scores.Function(cases.wave, {"height": jnp.float32(seed), "frequency": jnp.float32(1)}),
+        scores.Sink(jnp.asarray(rng.normal(size=N), jnp.float32)),
+    )
+    return mask, modifiers, jattn.Dropout(0.1, jax.random.key(seed))
+
+
+@both
+def test_new_arrays_in_equal_values_do_not_retrace(implementation):
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def f(args, mask, modifiers, dropout):
+        return jattn.attention(
+            *args, mask=mask, scores=modifiers, dropout=dropout, q_offset=1, implementation=implementation
+        )
+
+    chex.clear_trace_counter()
+    results = [f(draw(), *values(seed)) for seed in range(3)]
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_equal_values_are_equal_static_arguments():
+    @chex.assert_max_traces(n=2)
+    def traced(args, mask, implementation):
+        return jattn.attention(*args, mask=mask, implementation=implementation, q_offset=0)
+
+    chex.clear_trace_counter()
+    f = jax.jit(traced, static_argnames=("mask", "implementation"))
+    for _ in range(3):
+        f(draw(), masks.Causal() & masks.Window(3, 0), jattn.Blockwise(block_q=4, block_kv=5))
+        f(draw(), masks.SlidingWindow(3) | masks.Prefix(2), jattn.Blockwise(block_q=4, block_kv=5))
+
+
+@both
+@pytest.mark.parametrize("derivative", [lambda f: f, gradient], ids=["forward", "grad"])
+def test_without_jit_a_second_call_compiles_nothing(derivative, implementation):
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def call(seed):
+        mask, modifiers, dropout = values(seed)
+        arrays = [jnp.asarray(x + np.float32(seed)) for x in draw()]
+        compiled.clear()
+
+        def f(*args):
+            return jattn.attention(
+                *args, mask=mask, scores=modifiers, dropout=dropout, q_offset=1, implementation=implementation
+            )
+
+        return derivative(f)(*arrays)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        call(0)
+        assert compiled
+        call(1)
+        assert not compiled, len(compiled)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_what_the_table_of_modes_cannot_show():
+    """linear_transpose and jacfwd of the whole jacobian: attention is linear in its values."""
+    q, k, v = draw(T=3, S=4)
+
+    def f(v):
+        return jattn.attention(q, k, v, mask=masks.Lengths(kv=np.int32(3)), implementation=SMALL)
+
+    jacobian = jax.jacfwd(f)(v)
+    close(jacobian, jax.jacrev(f)(v))
+    close(jnp.einsum("tnvskw,skw->tnv", jacobian, v), f(v))
+    ones = jnp.ones((3, N, V))
+    close(jax.vjp(f, v)[1](ones)[0], jnp.einsum("tnvskw,tnv->skw", jacobian, ones))

@@ -1,0 +1,508 @@
+"""Traps D1-D16: transformations, dropout, the system around. More modes: test_modes.py; memory: test_memory.py."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jattn
+from jattn import masks, scores
+from tests import plain, reference
+from tests.pictures import catalogue, draw
+from tests.plain import assert_close, jit, loss, qkv, quick
+
+SMALL = jattn.Blockwise(block_q=3, block_kv=4)
+both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
+TOL = dict(rtol=2e-5, atol=2e-5)
+T, S, N = 7, 11, 6
+B = 3
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(*shape, seed=7):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def everything(implementation, *, query, key, value, bias, dense, ids, length, left, slopes, offset):
+    """Each argument that can be an array, by name."""
+    mask = (masks.Window(left, None) & masks.Segments(ids[:T], ids)) | masks.Dense(dense) & masks.Prefix(length)
+    args = dict(mask=mask, scores=(scores.Bias(bias), scores.ALiBi(slopes)), q_offset=offset)
+    return jattn.attention_with_lse(query, key, value, **args, implementation=implementation)
+
+
+def arguments(seed):
+    rng = np.random.default_rng(seed)
+    query, key, value = qkv(seed=seed)
+    return dict(
+        query=query,
+        key=key,
+        value=value,
+        bias=jnp.asarray(random(1, S, seed=seed)),
+        dense=jnp.asarray(rng.random((N, T, 1)) < 0.5),
+        ids=jnp.asarray(rng.integers(-1, 2, S), jnp.int32),
+        length=jnp.asarray(rng.integers(2, S), jnp.int32),
+        left=jnp.asarray(rng.integers(0, 4), jnp.int32),
+        slopes=jnp.asarray(random(N, seed=seed)),
+        offset=jnp.asarray(rng.integers(0, 5), jnp.int32),
+    )
+
+
+@both
+@pytest.mark.parametrize("name", arguments(0))
+def test_d1_vmap_over_each_argument_alone(implementation, name):
+    """In front, behind and one in; None for all the others."""
+    f = functools.partial(everything, implementation)
+    given, several = arguments(0), [arguments(seed)[name] for seed in range(B)]
+    one_by_one = jit(lambda x: f(**{**given, name: x}))
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(one_by_one, several))
+    for axis in {0, -1} | ({1} if several[0].ndim else set()):
+
+        @jit
+        def run(stacked, axis=axis):
+            return jax.vmap(lambda x: f(**{**given, name: x}), in_axes=axis)(stacked)
+
+        chex.assert_trees_all_close(run(jnp.stack(several, axis)), wanted, rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_d1_vmap_over_all_arguments_and_batch_dims_agree(implementation):
+    f = functools.partial(everything, implementation)
+    several = [arguments(seed) for seed in range(B)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *[jit(f)(**given) for given in several])
+    chex.assert_trees_all_close(jit(jax.vmap(lambda given: f(**given)))(stacked), wanted, rtol=1e-5, atol=1e-5)
+
+
+TRANSFORMS = {
+    "vmap(grad)": lambda f: jax.vmap(jax.grad(f)),
+    "vmap(vmap(grad))": lambda f: lambda x: jax.vmap(jax.vmap(jax.grad(f)))(jnp.stack([x, x + 1])),
+    "vmap(jvp)": lambda f: jax.vmap(lambda x: jax.jvp(f, (x,), (jnp.cos(x),))),
+    "jacobian of vmap": lambda f: jax.jacrev(jax.vmap(f)),
+    "vmap(jacfwd(grad))": lambda f: jax.vmap(jax.jacfwd(jax.grad(f))),
+    "vmap(hessian)": lambda f: jax.vmap(jax.hessian(f)),
+    "jacrev(jacrev)": lambda f: lambda x: jax.jacrev(jax.jacrev(f))(x[0]),
+    "jacfwd(jacfwd)": lambda f: lambda x: jax.jacfwd(jax.jacfwd(f))(x[0]),
+}
+
+
+@both
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_d2_nested_transforms(implementation, name, x64):
+    q, k, v = qkv(T=2, S=3, N=2, K=1, H=3, V=2)
+    x, unravel = ravel_pytree((q, k, v))
+    xs = jnp.stack([x, jnp.sin(3 * x)])
+
+    def ours(x):
+        return loss(
+            *jattn.attention_with_lse(*unravel(x), mask=masks.Causal(), q_offset=1, implementation=implementation)
+        )
+
+    def wanted(x):
+        return loss(*plain.attend(*unravel(x), draw(2, 3, lambda i, j: j <= i + 1)))
+
+    transform = TRANSFORMS[name]
+    assert_close(jit(transform(ours))(xs), jit(transform(wanted))(xs))
+
+
+@both
+@pytest.mark.parametrize("through", ["attention", "dot_product_attention"])
+def test_d3_vmap_of_vjp_with_a_broadcast_mask_and_bias(implementation, through):
+    """jax#23701: vmap over the vjp, mask and bias with broadcast axes, batch of one."""
+    q, k, v = qkv(batch=(2, 1), V=5)
+    mask, bias = jnp.asarray(draw(1, S, lambda i, j: j < 8))[None, None], jnp.asarray(random(1, N, 1, S))
+
+    def f(q, k, v, bias):
+        if through == "attention":
+            return jattn.attention(q, k, v, mask=mask, scores=(scores.Bias(bias),), implementation=implementation)
+        name = implementation if implementation == "dense" else "blockwise"
+        return jattn.dot_product_attention(q, k, v, bias, mask, implementation=name)
+
+    @jit
+    def pull(q, k, v):
+        def one(q, k, v):
+            out, vjp = jax.vjp(f, q, k, v, bias)
+            return vjp(jnp.cos(out))
+
+        return jax.vmap(one)(q, k, v)
+
+    def wanted(q, k, v):
+        out, vjp = jax.vjp(lambda q, k, v, b: plain.attend(q, k, v, mask, lambda s: s + b)[0], q, k, v, bias)
+        return vjp(jnp.cos(out))
+
+    for i in range(2):
+        got = jax.tree.map(lambda x, i=i: x[i], pull(q, k, v))
+        chex.assert_trees_all_close(got, wanted(q[i], k[i], v[i]), rtol=1e-4, atol=1e-4)
+
+
+POLICIES = {
+    name: getattr(jax.checkpoint_policies, name)
+    for name in (
+        "everything_saveable",
+        "nothing_saveable",
+        "dots_saveable",
+        "dots_with_no_batch_dims_saveable",
+    )
+} | {
+    "save_any_names_but_these": jax.checkpoint_policies.save_any_names_but_these("nothing"),
+    "save_only_these_names": jax.checkpoint_policies.save_only_these_names("nothing"),
+}
+
+
+@both
+@pytest.mark.parametrize("policy", POLICIES)
+def test_d4_gradient_of_a_checkpoint_under_every_policy(implementation, policy):
+    def f(q, k, v):
+        dropout = jattn.Dropout(0.2, jax.random.key(3))
+        out, lse = jattn.attention_with_lse(
+            q, k, v, mask=masks.Prefix(9), dropout=dropout, implementation=implementation
+        )
+        return loss(out, lse)
+
+    remat = jax.checkpoint(f, policy=POLICIES[policy])
+    got = jit(jax.grad(remat, (0, 1, 2)))(*qkv())
+    chex.assert_trees_all_close(got, jit(jax.grad(f, (0, 1, 2)))(*qkv()), rtol=1e-5, atol=1e-5)
+
+
+def shapes_within(jaxpr):
+    """The size of everything that a jaxpr computes, inner jaxprs included."""
+    for eqn in jaxpr.eqns:
+        yield from (math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
+        for inner in jaxprs_in_params(eqn.params):
+            yield from shapes_within(inner)
+
+
+LONG = 4099
+LARGE = {
+    name: mask
+    for name, (mask, _) in catalogue(LONG, 1).items()
+    if name not in ("segments", "packed", "dense", "tangle")
+} | {"packed": masks.Causal() & masks.Segments(np.arange(LONG, dtype=np.int32) // 500)}
+MODES = {
+    "forward": lambda f: f,
+    "grad": lambda f: jax.grad(f, (0, 1, 2)),
+    "jvp": lambda f: lambda *x: jax.jvp(f, x, x),
+    "forward over reverse": lambda f: lambda *x: jax.jvp(jax.grad(f, (0, 1, 2)), x, x),
+    "reverse over reverse": lambda f: jax.grad(lambda *x: sum(map(loss, jax.grad(f, (0, 1, 2))(*x))), (0, 1, 2)),
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(f), (0, 1, 2)),
+}
+
+
+def largest(f, length):
+    """The largest array in the program of f at this length. Nothing is compiled."""
+    x = [jax.ShapeDtypeStruct((length, heads, 2), jnp.float32) for heads in (2, 1, 1)]
+    return max(shapes_within(jax.make_jaxpr(f)(*x).jaxpr))
+
+
+def blockwise_loss(q, k, v, **options):
+    """A loss of blocks of 64 x 64."""
+    return loss(*jattn.attention_with_lse(q, k, v, **options, implementation=jattn.Blockwise(64, 64)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_d5_no_residual_and_no_intermediate_is_quadratic(mode):
+    """Everything that the program computes is linear in T."""
+    f = functools.partial(blockwise_loss, mask=masks.Causal(), scores=(scores.SoftCap(5.0), scores.ALiBi(jnp.ones(2))))
+    assert largest(MODES[mode](f), LONG) < 40 * LONG
+
+
+def test_d5_gradient_of_a_scan_over_layers_is_not_quadratic():
+    def f(q, k, v):
+        def layer(x, _):
+            mask, blocks = masks.Window(9, 0), jattn.Blockwise(64, 64)
+            return x + jattn.attention(x, k, v, mask=mask, implementation=blocks), None
+
+        return loss(jax.lax.scan(layer, q, length=3)[0])
+
+    assert largest(jax.grad(f, (0, 1, 2)), LONG) < 40 * LONG
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_d14_no_mask_makes_the_gradient_quadratic(name):
+    """Compiled memory is measured in test_memory.py; this is the program itself."""
+    f = functools.partial(blockwise_loss, mask=LARGE[name])
+    assert largest(MODES["grad"](f), LONG) < 40 * LONG
+
+
+def test_d5_the_ruler_sees_a_quadratic_program():
+    dense = lambda *x: loss(*jattn.attention_with_lse(*x, implementation="dense"))  # noqa: E731
+    assert largest(jax.grad(dense), LONG) >= LONG**2
+
+
+def mesh(kind=AxisType.Auto):
+    """Eight devices in a row; Explicit is what jax.make_mesh gives by default."""
+    return jax.make_mesh((8,), ("x",), axis_types=(kind,))
+
+
+KEY = jax.random.key(11)
+
+
+def dropped(q, k, v, *, implementation="dense", key=KEY, rate=0.4, **options):
+    return jattn.attention(q, k, v, dropout=jattn.Dropout(rate, key), implementation=implementation, **options)
+
+
+@both
+def test_d6_dropout_gradient_uses_the_mask_of_the_forward(implementation, x64):
+    """Finite differences along one direction, at a fixed key."""
+    x = qkv()
+    dx = jax.tree.map(jnp.cos, x)
+
+    def f(x):
+        return loss(dropped(*x, implementation=implementation))
+
+    @jit
+    def run(x, dx):
+        along = sum((g * d).sum() for g, d in zip(jax.grad(f)(x), dx, strict=True))
+        up, down = (f(jax.tree.map(lambda a, d, s=s: a + s * d, x, dx)) for s in (1e-5, -1e-5))
+        return along, jax.jvp(f, (x,), (dx,))[1], (up - down) / 2e-5
+
+    along, tangent, difference = run(x, dx)
+    np.testing.assert_allclose(along, difference, rtol=1e-7)
+    np.testing.assert_allclose(along, tangent, rtol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", [(3, 4), (2, 11), (7, 1), (64, 64)], ids=str)
+def test_d6_dropout_is_the_same_at_every_block_size(blocks):
+    x = qkv(batch=(2,))
+    got = quick(dropped, *x, implementation=jattn.Blockwise(*blocks))
+    np.testing.assert_allclose(got, quick(dropped, *x), **TOL)
+
+
+@both
+def test_d6_dropout_is_the_same_under_remat_and_vmap(implementation):
+    """Under vmap each example is on its own: what it gets is what it would get without."""
+    x = qkv(batch=(2,))
+    f = functools.partial(dropped, implementation=implementation)
+    again = jit(jax.grad(jax.checkpoint(lambda *x: loss(f(*x))), (0, 1, 2)))(*x)
+    straight = jit(jax.grad(lambda *x: loss(dropped(*x)), (0, 1, 2)))(*x)
+    chex.assert_trees_all_close(again, straight, rtol=1e-4, atol=1e-4)
+    mapped = quick(jax.vmap(f), *x)
+    for i in range(2):
+        np.testing.assert_allclose(mapped[i], quick(f, *(a[i] for a in x)), **TOL)
+    together = quick(f, *x)
+    np.testing.assert_allclose(together[0], mapped[0], **TOL)
+    assert np.abs(together[1] - mapped[1]).max() > 0.1, "each example of a batch has a mask of its own"
+
+
+@both
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
+def test_d6_dropout_is_the_same_when_sharded(implementation, spec):
+    x = qkv(T=3, S=5, N=8, K=8, batch=(8,))
+    shards = jax.device_put(x, NamedSharding(mesh(), spec))
+    np.testing.assert_allclose(quick(dropped, *shards, implementation=implementation), quick(dropped, *x), **TOL)
+
+
+def test_d6_dropout_follows_positions_not_chunks():
+    q, k, v = qkv()
+    whole = quick(dropped, q, k, v, q_offset=4)
+    chunks = [quick(dropped, q[i : i + 3], k, v, q_offset=4 + i, implementation=SMALL) for i in range(0, T, 3)]
+    np.testing.assert_allclose(jnp.concatenate(chunks), whole, **TOL)
+
+
+@both
+def test_d7_each_key_drops_its_own_without_retracing(implementation):
+    traces = []
+
+    @jit
+    def f(key):
+        traces.append(1)
+        return dropped(*qkv(), implementation=implementation, key=key)
+
+    outs = [f(jax.random.key(seed)) for seed in range(3)]
+    assert all(np.abs(outs[i] - outs[j]).max() > 0.1 for i, j in [(0, 1), (0, 2), (1, 2)])
+    np.testing.assert_array_equal(f(jax.random.key(0)), outs[0])
+    assert len(traces) == 1
+
+
+def test_d7_heads_batches_queries_and_keys_drop_independently():
+    q, k = jnp.zeros((2, 64, 4, 1)), jnp.zeros((2, 64, 2, 1))
+    kept = np.asarray(quick(jattn.attention_weights, q, k, dropout=jattn.Dropout(0.5, KEY)) > 0, float)
+    assert abs(kept.mean() - 0.5) < 0.01
+    for axis in range(4):
+        rolled = np.roll(kept, 1, axis)
+        assert abs(np.corrcoef(kept.ravel(), rolled.ravel())[0, 1]) < 0.02, f"{axis=}"
+
+
+@both
+def test_d8_dropout_is_used_and_keeps_the_mean(implementation):
+    x = qkv()
+    plain_out = quick(jattn.attention, *x, implementation=implementation)
+    f = functools.partial(dropped, implementation=implementation)
+    np.testing.assert_array_equal(quick(f, *x, rate=0.0), plain_out)
+    assert (quick(f, *x, rate=0.999) == 0).mean() > 0.9
+    many = jit(jax.vmap(lambda key: f(*x, key=key, rate=0.3)))(jax.random.split(KEY, 2000))
+    assert (np.abs(many.mean(0) - plain_out) <= 5 * many.std(0) / np.sqrt(2000) + 1e-6).all()
+
+
+@both
+def test_d8_what_is_kept_is_rescaled(implementation, x64):
+    """Weights are 0 or exactly 1 / (1 - rate) times as large; the lse does not know of it."""
+    q, k, _ = qkv()
+    v = jnp.broadcast_to(jnp.eye(S)[:, None], (S, 2, S))
+    weights, lse = quick(jattn.attention_with_lse, q, k, v, implementation=implementation)
+    out, dropped_lse = quick(
+        jattn.attention_with_lse, q, k, v, dropout=jattn.Dropout(0.3, KEY), implementation=implementation
+    )
+    kept = np.asarray(out) > 0
+    assert 0.6 < kept.mean() < 0.8
+    np.testing.assert_allclose(np.asarray(out)[kept], np.asarray(weights)[kept] / 0.7, rtol=1e-13)
+    np.testing.assert_array_equal(lse, dropped_lse)
+
+
+@both
+def test_d9_the_same_inputs_give_the_same_bits(implementation):
+    x = qkv(T=31, S=43, batch=(2,))
+
+    def f(x):
+        return loss(*jattn.attention_with_lse(*x, mask=masks.Causal(), q_offset=12, implementation=implementation))
+
+    chex.assert_trees_all_equal(jit(jax.value_and_grad(f))(x), jit(jax.value_and_grad(f))(x))
+
+
+def loops(f, *x):
+    return any(name in str(jax.make_jaxpr(f)(*x)) for name in ("scan[", "while["))
+
+
+def test_d10_the_implementation_that_is_named_is_the_one_that_runs():
+    """Loops over blocks show it in the program, whatever the size; explain says the same."""
+    small, large = qkv(), [jax.ShapeDtypeStruct((8192, heads, 8), jnp.float32) for heads in (4, 2, 2)]
+    for x in (small, large):
+        for name, looping in (("dense", False), ("blockwise", True)):
+            f = functools.partial(jattn.attention, implementation=name)
+            assert loops(f, *x) is looping or (x is small and looping)
+            assert jattn.explain(*x, implementation=name).implementation == name
+    assert loops(functools.partial(jattn.attention, implementation=SMALL), *small)
+    assert jattn.explain(*small, implementation=SMALL).block_sizes[-2:] == (3, 4)
+    assert jattn.explain(*small).implementation == "dense" and not loops(jattn.attention, *small)
+    assert jattn.explain(*large).implementation == "blockwise" and loops(jattn.attention, *large)
+    with pytest.raises(ValueError, match="implementation"):
+        jattn.attention(*small, implementation="flash")
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+@both
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+def test_d11_sharded_batch_or_heads_need_no_collective(implementation, axis, kind):
+    """Neither the output nor its gradient, with a bias that has a batch of one and does not divide."""
+    spec = P("x") if axis == "batch" else P(None, None, "x")
+    x = qkv(T=5, S=7, N=16, K=8, batch=(8,))
+    bias = jnp.asarray(random(1, 1, 5, 7))
+
+    def f(q, k, v):
+        args = dict(mask=masks.Prefix(5), scores=(scores.Bias(bias),), implementation=implementation)
+        out, vjp = jax.vjp(lambda *x: jattn.attention(*x, **args), q, k, v)
+        return out, vjp(jnp.cos(out))
+
+    with jax.set_mesh(mesh(kind)):
+        sharding = NamedSharding(mesh(kind), spec)
+        shards = jax.device_put(x, sharding)
+        compiled = jit(f, out_shardings=sharding).lower(*shards).compile()
+        got = jax.device_get(compiled(*shards))
+    assert not [name for name in COLLECTIVES if name in compiled.as_text()]
+    chex.assert_trees_all_close(got, jit(f)(*x), rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_d11_shard_map(implementation):
+    x = qkv(T=5, S=7, N=4, K=2, batch=(8,))
+
+    def f(q, k, v):
+        return jattn.attention(q, k, v, mask=masks.Causal(), q_offset=2, implementation=implementation)
+
+    mapped = jit(jax.shard_map(f, mesh=mesh(), in_specs=P("x"), out_specs=P("x")))
+    np.testing.assert_allclose(mapped(*x), jit(f)(*x), **TOL)
+
+
+@both
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (2, 1, 3), (1, 1, 2, 3)], ids=str)
+def test_d12_any_number_of_leading_dims(implementation, batch):
+    x = qkv(batch=batch)
+    kept = np.random.default_rng(0).random((*batch, 1, T, S)) < 0.7
+    attend = jit(lambda *x: jattn.attention_with_lse(*x, mask=jnp.asarray(kept), implementation=implementation))
+    out, lse = attend(*x)
+    exact = reference.attention(*x, keep=kept)
+    np.testing.assert_allclose(out, exact[0], **TOL)
+    np.testing.assert_allclose(lse, exact[1], **TOL)
+
+
+def test_d12_dot_product_attention_takes_them_too():
+    x = qkv(batch=(2, 1, 3), V=5)
+    kept = np.random.default_rng(0).random((2, 1, 3, 1, T, S)) < 0.7
+    np.testing.assert_allclose(jattn.dot_product_attention(*x, mask=kept), reference.attention(*x, keep=kept)[0], **TOL)
+
+
+@both
+def test_d13_the_x64_flag_changes_no_dtype(implementation, x64):
+    """float32 stays float32; int64 ids, lengths, positions and offsets are welcome."""
+    x = qkv(dtype=jnp.float32)
+    ids = np.random.default_rng(0).integers(-1, 2, S)
+    mask = masks.Segments(jnp.asarray(ids[:T]), jnp.asarray(ids)) & masks.Prefix(jnp.asarray(9)) & masks.Causal()
+    assert mask is not None and jnp.asarray(ids).dtype == jnp.int64
+    for at in (
+        dict(q_offset=jnp.asarray(4)),
+        dict(q_offset=4),
+        dict(q_positions=jnp.arange(T) + 4, kv_positions=jnp.arange(S)),
+    ):
+        given = scores.ALiBi(jnp.ones(N, jnp.float32)), scores.RelativePosition(jnp.ones((32, N), jnp.float32))
+
+        @jit
+        def f(*x, at=at, given=given):
+            attend = functools.partial(
+                jattn.attention_with_lse, mask=mask, scores=given, implementation=implementation, **at
+            )
+            return attend(*x), jax.grad(lambda *x: loss(*attend(*x)))(*x)
+
+        (out, lse), gradient = f(*x)
+        assert out.dtype == lse.dtype == gradient.dtype == jnp.float32
+        keep = draw(T, S, lambda i, j: ids[i] == ids[j] >= 0 and j < 9 and j <= i + 4)
+        distance = np.abs(np.arange(T)[:, None] + 4 - np.arange(S))
+        exact = reference.attention(*x, keep=keep, scores=[lambda s, head, d=distance: s - d + 1])
+        np.testing.assert_allclose(out, exact[0], **TOL)
+
+
+WRONG = {
+    "heads first": (dict(query=(2, 6, 7, 5)), "heads"),
+    "one head fewer": (dict(query=(2, 7, 5, 5)), r"K=2.*N=5|N=5.*K=2"),
+    "other width": (dict(key=(2, 11, 2, 3)), "H"),
+    "other keys": (dict(value=(2, 13, 2, 3)), "S"),
+    "other heads": (dict(value=(2, 11, 3, 3)), "K"),
+    "other batch": (dict(key=(3, 11, 2, 5)), r"\.\.\.|batch|B"),
+    "no heads": (dict(query=(7, 5), key=(11, 5), value=(11, 3)), "N"),
+}
+
+
+@both
+@pytest.mark.parametrize("name", WRONG)
+def test_d15_an_error_names_the_argument_its_axes_and_what_came(implementation, name):
+    shapes = dict(query=(2, 7, 6, 5), key=(2, 11, 2, 5), value=(2, 11, 2, 3)) | WRONG[name][0]
+    with pytest.raises(ValueError, match=WRONG[name][1]) as error:
+        jattn.attention(*(jnp.ones(shape) for shape in shapes.values()), implementation=implementation)
+    assert any(argument in str(error.value) for argument in WRONG[name][0]) or "heads" in str(error.value)
+    sizes = [str(size) for shape in WRONG[name][0].values() for size in shape]
+    assert any(size in str(error.value) for size in sizes)
+
+
+@pytest.mark.parametrize("H", [1, 3, 5])
+def test_d16_default_scale_is_the_same_in_every_implementation(H):
+    x = qkv(H=H)
+    exact = reference.attention(*x, scale=1 / np.sqrt(H))[0]
+    for implementation in (None, "dense", "blockwise", SMALL):
+        np.testing.assert_allclose(quick(jattn.attention, *x, implementation=implementation), exact, **TOL)
+        explicit = quick(jattn.attention, *x, scale=H**-0.5, implementation=implementation)
+        np.testing.assert_allclose(explicit, exact, **TOL)
+    assert "1/sqrt(H)" in jattn.attention.__doc__.replace(" ", "").replace("√H", "sqrt(H)")
