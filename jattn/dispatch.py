@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jattn import blockwise, checks, dense, masks
+from jattn import blockwise, checks, dense, masks, sweep
 from jattn.blockwise import Blockwise
 from jattn.problem import Problem, lay_out, move
 from jattn.scores import Bias, Dropout
@@ -305,7 +305,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         problem = lay_out(query, key, value, **options)
         chosen = _choose(problem, implementation)
         blocks = problem.sizes if chosen is None else chosen
-        kinds = blockwise.static_kinds(problem, blocks)
+        kinds = sweep.static_kinds(problem, blocks)
         found.append((problem.sizes, problem.q.shape[-1], problem.v.shape[-1], chosen, blocks, kinds))
 
     jax.eval_shape(look, *arrays)
@@ -313,7 +313,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
     memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()
     empty, partial, full = (
         None if kinds is None else float(np.sum(kinds == kind) / max(kinds.size, 1))
-        for kind in (blockwise.EMPTY, blockwise.PARTIAL, blockwise.FULL)
+        for kind in (sweep.EMPTY, sweep.PARTIAL, sweep.FULL)
     )
     skipped = 0.0 if chosen is None or empty is None else empty
     return Explanation(

@@ -26,6 +26,7 @@ ORDER = (
     "projection",
     "problem",
     "dense",
+    "sweep",
     "blockwise",
     "dispatch",
     "layer",

@@ -1,0 +1,372 @@
+"""The loops: going through the blocks of a problem, batch, heads, rows and keys, and visiting only those that count.
+
+Every array of a problem has one form, so cutting it into blocks is one function for all axes. What is laid out how
+inside the loops is decided by what XLA does with it: it is said where it is done.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jattn import checks, masks
+from jattn.problem import Problem, Range, move
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+class Plan(NamedTuple):
+    """What is decided while tracing."""
+
+    blocks: tuple[int, ...]  # the block size along each of [*B, K, G, T, S]
+    q_range: Range | None  # the positions, where they are known while tracing
+    kv_range: Range | None
+
+
+def plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
+    """Returns the plan of a problem cut into `blocks`."""
+    return Plan(blocks, *(p if isinstance(p, Range) else None for p in (problem.q_pos, problem.kv_pos)))
+
+
+def sweep(
+    plan: Plan, start: Callable, step: Callable, finish: Callable, problem: Problem, directions: Any, *residuals: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Goes through the blocks of a problem: batch, then heads, then rows, and keys innermost.
+
+    For each block of rows and heads: state = start(rows); state = step(state, keep, block) for each block of keys that
+    is not empty; results = finish(state, rows). Rows and blocks are the operands (problem, directions, *residuals), cut
+    to size; results are linear in directions.
+
+    Returns:
+      the results of `finish`: out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, or what is shaped like them.
+    """
+    *batch_axes, K_axis, _, _, _ = range(len(plan.blocks))
+    visits = _visits(plan, problem, band=bool(directions))
+    tile = functools.partial(_tile, visits, start, step, finish)
+    run = functools.partial(_without_lead, functools.partial(_by_rows, tile, visits), plan.blocks)
+    run = functools.partial(_by_heads, run, K_axis, plan.blocks[K_axis])
+    for axis in reversed(batch_axes):
+        run = functools.partial(_by_examples, run, axis, plan.blocks[axis])
+    return run((problem, directions, *residuals))
+
+
+def _by_examples(run: Callable, axis: int, block: int, operands: Any) -> Any:
+    """Runs over blocks of a batch axis, one after the other."""
+    problem = operands[0]
+    size, K_axis = problem.sizes[axis], len(problem.sizes) - 4
+    if isinstance(size, int) and size == block:
+        return run(operands)
+
+    def cut(leaf: jax.Array) -> Cut | None:
+        moved = _outside_axis(leaf, K_axis)
+        return _cut(move(leaf, moved, K_axis), axis, block, lambda piece: move(piece, K_axis, moved))
+
+    pieces, together = _split(operands, cut)
+    rows_first = _forget(lambda piece: jax.tree.map(lambda r: move(r, K_axis + 2, K_axis), run(together(piece))))
+    results = lax.map(rows_first, pieces)
+    return jax.tree.map(lambda result: move(_join(result, axis, size), K_axis, K_axis + 2), results)
+
+
+def _by_heads(run: Callable, axis: int, block: int, operands: Any) -> Any:
+    """Runs over blocks of key/value heads, one after the other.
+
+    Heads are sliced out of the caller's layout and results put back into it one at a time, so that nothing is
+    transposed as a whole; except the directions: they are what gradients flow back to, best gathered by scan.
+    """
+    problem, directions, *residuals = operands
+    size = problem.sizes[axis]
+    if isinstance(size, int) and size == block:
+        return run(operands)
+    pieces, together = _split(directions, lambda leaf: _cut(leaf, axis, block))
+    fixed = jax.tree.leaves((problem, residuals))
+    fixed_tree: Any = jax.tree.structure((problem, residuals))
+    outside = [_Outside(leaf, axis) for leaf in fixed]
+    kept = [o.enter(leaf) for o, leaf in zip(outside, fixed, strict=True)]
+    lse = jnp.zeros(problem.q.shape[:-1], checks.wide(problem.q))
+    none_yet = (jnp.zeros((*lse.shape, problem.v.shape[-1]), lse.dtype), lse)
+    homes = [_Outside(result, axis) for result in none_yet]
+
+    def heads(results: Any, x: Any) -> Any:
+        piece, kept, h = x[0], x[1], x[2]
+        problem, residuals = fixed_tree.unflatten(
+            [o.take(leaf, h * block, block) for o, leaf in zip(outside, kept, strict=True)]
+        )
+        parts = run((problem, together(piece), *residuals))
+        return tuple(
+            o.put(result, part, h * block) for o, result, part in zip(homes, results, parts, strict=True)
+        ), None
+
+    starts = tuple(o.enter(result) for o, result in zip(homes, none_yet, strict=True))
+    body = _forget(lambda results, x: heads(results, (x[0], kept, x[1])))
+    results, _ = lax.scan(body, starts, (pieces, jnp.arange(size // block, dtype=jnp.int32)))
+    return tuple(o.leave(result) for o, result in zip(homes, results, strict=True))
+
+
+class _Outside:
+    """A leaf as it came from the caller, rows or keys before heads, and without axes of 1.
+
+    So nothing is transposed before a head is taken out of it, and XLA copies nothing that it carries into a loop.
+    """
+
+    def __init__(self, leaf: jax.Array, K_axis: int) -> None:
+        self.K_axis, self.moved = K_axis, _outside_axis(leaf, K_axis)
+        shape = list(leaf.shape)
+        shape.insert(K_axis, shape.pop(self.moved))
+        self.shape = tuple(shape)
+        self.axis = K_axis + (self.moved != K_axis)  # of K, in self.shape
+
+    def enter(self, leaf: jax.Array) -> jax.Array:
+        return _bare(move(leaf, self.moved, self.K_axis))
+
+    def leave(self, kept: jax.Array) -> jax.Array:
+        return move(kept.reshape(self.shape), self.K_axis, self.moved)
+
+    def take(self, kept: jax.Array, start: jax.Array, block: int) -> jax.Array:
+        if self.shape[self.axis] == 1:
+            return self.leave(kept)
+        shape = (*self.shape[: self.axis], block, *self.shape[self.axis + 1 :])
+        part = lax.dynamic_slice_in_dim(kept, start, block, self._bare_axis)
+        return move(part.reshape(shape), self.K_axis, self.moved)
+
+    def put(self, kept: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        part = move(part, self.moved, self.K_axis)
+        wanted = list(kept.shape)
+        wanted[self._bare_axis] = part.shape[self.axis]
+        return lax.dynamic_update_slice_in_dim(kept, part.reshape(wanted), start, self._bare_axis)
+
+    @property
+    def _bare_axis(self) -> int:
+        return sum(not _is_one(size) for size in self.shape[: self.axis])
+
+
+def _outside_axis(leaf: jax.Array, K_axis: int) -> int:
+    """The axis, T or S, that came before the heads from the caller; K's own if none did."""
+    rows, keys = (not _is_one(leaf.shape[K_axis + i]) for i in (2, 3))
+    return K_axis if rows == keys else K_axis + (2 if rows else 3)
+
+
+def _is_one(size: int) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _bare(array: jax.Array) -> jax.Array:
+    """Without axes of 1."""
+    return array.reshape([size for size in array.shape if not _is_one(size)])
+
+
+def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
+    """Runs on one example and head without the axes that say so: XLA would copy what it carries into loops for them."""
+    *lead, G, T, S = blocks
+    if any(size != 1 for size in lead):
+        return run(blocks, operands)
+    bare = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[len(lead) :]), operands)
+    return jax.tree.map(lambda result: result.reshape((*lead, *result.shape)), run((G, T, S), bare))
+
+
+def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands: Any) -> Any:
+    """Runs over the blocks of rows, one after the other, with the blocks of keys that each visits."""
+    *_, axis, S_axis = range(len(blocks))
+    size, block = operands[0].sizes[axis], blocks[axis]
+
+    def cut_keys(leaf: jax.Array) -> Cut | None:
+        return _cut(leaf, S_axis, blocks[S_axis]) if _is_one(leaf.shape[axis]) else None
+
+    # A gradient of keys is a product that sums over rows. XLA is four times faster at it when the result comes
+    # transposed, because then the narrow operand goes first; so that is how directions travel.
+    problem, directions, *residuals = operands
+    fixed_keys, with_fixed = _split((problem, residuals), cut_keys)
+    moving_keys, with_moving = _split(directions, lambda leaf: _payload_first(cut_keys(leaf), leaf.ndim > len(blocks)))
+    keys = (fixed_keys, moving_keys)
+
+    def with_keys(operands: Any, keys: Any) -> Any:
+        problem, directions, *residuals = operands
+        problem, residuals = with_fixed(keys[0], (problem, residuals))
+        return (problem, with_moving(keys[1], directions), *residuals)
+
+    def row(operands: Any, keys: Any, order: Any, kinds: Any) -> Any:
+        if order is not None and not visits.banded:
+            keys = jax.tree.map(lambda pieces: pieces[order], keys)
+        return run(blocks, operands, keys, with_keys, order, kinds)
+
+    if isinstance(size, int) and size == block:
+        first = [None if x is None else x[0] for x in (visits.order, visits.kinds)]
+        return row(operands, jax.tree.map(lambda k: k[first[0]], keys) if visits.banded else keys, *first)
+    band = jax.tree.map(lambda pieces: pieces[visits.order], keys) if visits.banded else None
+    pieces, together = _split(operands, lambda leaf: _cut(leaf, axis, block))
+    rows = _forget(lambda x: row(together(x[0]), x[1] if visits.banded else keys, *x[2:]))
+    results = lax.map(rows, (pieces, band, visits.order, visits.kinds))
+    return jax.tree.map(lambda result: _join(result, axis, size), results)
+
+
+def _pad(leaf: jax.Array, axis: int | None, block: int) -> jax.Array:
+    """Fills up the last block along `axis` with 0; an axis of 1 stays."""
+    if axis is None or leaf.shape[axis] == 1 or not _is_ragged(leaf.shape[axis], block):
+        return leaf
+    short = -(-leaf.shape[axis] // block) * block - leaf.shape[axis]
+    return jnp.pad(leaf, [(0, short if a == axis else 0) for a in range(leaf.ndim)])
+
+
+def _tile(
+    visits: "Visits",
+    start: Callable,
+    step: Callable,
+    finish: Callable,
+    blocks: tuple[int, ...],
+    operands: Any,
+    keys: Any,
+    with_keys: Callable,
+    order: Any,
+    kinds: Any,
+) -> Any:
+    """Runs over the blocks of keys that one block of rows and heads visits."""
+    axis, block = len(blocks) - 1, blocks[-1]
+    if kinds is None:
+        kinds = _kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0]
+
+    def keep(problem: Problem, j: jax.Array) -> jax.Array:
+        keep = problem.mask(problem.q_pos, problem.kv_pos)
+        if _is_ragged(visits.S, block):
+            index = (j * block + jnp.arange(block, dtype=jnp.int32)).reshape((1,) * axis + (block,))
+            keep = keep & (index < visits.S)
+        return jnp.broadcast_to(keep, problem.sizes)
+
+    every = {
+        EMPTY: lambda state, j, block: state,
+        PARTIAL: _forget(lambda state, j, block: step(state, keep(block[0], j), *block)),
+        FULL: _forget(lambda state, j, block: step(state, None, *block)),
+    }
+    branches = [every[kind] for kind in visits.present]
+
+    def visit(state: Any, x: Any) -> Any:
+        piece, keys, j, kind = x
+        operands = with_keys(together(piece), keys)
+        if len(branches) == 1:
+            return branches[0](state, j, operands), None
+        return lax.switch(kind, branches, state, j, operands), None
+
+    # What has rows and keys is cut here; what has keys alone was cut before, once for all rows.
+    pieces, together = _split(operands, lambda leaf: None if _is_one(leaf.shape[axis - 1]) else _cut(leaf, axis, block))
+    if order is None:
+        order = jnp.arange(kinds.shape[0], dtype=jnp.int32)
+    else:
+        pieces = jax.tree.map(lambda piece: piece[order], pieces)
+    state, _ = lax.scan(_forget(visit), start(*operands), (pieces, keys, order, kinds))
+    return finish(state, *operands)
+
+
+class Visits(NamedTuple):
+    """Which blocks of keys each block of rows visits, as far as is known while tracing."""
+
+    order: np.ndarray | None  # [rows, width]  the blocks; None: all, in their order
+    kinds: np.ndarray | None  # [rows, width]  what each is, as an index of `present`; None: arrays decide
+    present: tuple[int, ...]  # the kinds there are
+    banded: bool  # whether rows visit so few that gathering them beforehand costs little
+    S: int
+
+
+def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
+    S = problem.sizes[-1]
+    kinds = _static_kinds(problem.mask, plan, problem.sizes)
+    if kinds is None:
+        return Visits(None, None, (EMPTY, PARTIAL, FULL), False, S)
+    (nq, nk), order, banded = kinds.shape, None, False
+    width = int((kinds != EMPTY).sum(1).max(initial=0))
+    if width < nk:
+        order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
+        kinds = np.take_along_axis(kinds, order, axis=1)
+        banded = band and nq * width <= 4 * nk
+    # Where there is no block at all the loop is traced still, so it wants a branch.
+    present = tuple(sorted({int(kind) for kind in kinds.flat})) or (EMPTY,)
+    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, banded, S)
+
+
+def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
+    T, S = sizes[-2:]
+    q_range, kv_range = (Range(0), Range(0)) if isinstance(mask, masks.Full) else (plan.q_range, plan.kv_range)
+    if q_range is None or kv_range is None or not (isinstance(T, int) and isinstance(S, int)):
+        return None
+    kinds = _kinds(mask, q_range.array(T)[:, None], kv_range.array(S)[None, :], plan.blocks)
+    return kinds if isinstance(kinds, np.ndarray) else None
+
+
+def _kinds(mask: masks.Mask, q_pos: Any, kv_pos: Any, blocks: tuple[int, ...]) -> Any:
+    """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`: NumPy if positions and mask are known now."""
+    empty, full = masks.blocks(mask, q_pos, kv_pos, *blocks[-2:])
+    xp = np if isinstance(empty, np.ndarray) and isinstance(full, np.ndarray) else jnp
+    if _is_ragged(S := kv_pos.shape[-1], blocks[-1]):  # the padding of the last block is not to be seen
+        full = full & (xp.arange(full.shape[1])[None, :] < S // blocks[-1])
+    return xp.where(empty, EMPTY, xp.where(full, FULL, PARTIAL)).astype(np.int32)
+
+
+def _is_ragged(size: int, block: int) -> bool:
+    return not isinstance(size, int) or size % block != 0
+
+
+def static_kinds(problem: Problem, blocks: tuple[int, ...]) -> np.ndarray | None:
+    """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`, if that is known while tracing."""
+    return _static_kinds(problem.mask, plan(problem, blocks), problem.sizes)
+
+
+def _forget(f: Callable) -> Callable:
+    """Lets a block be computed again where a derivative needs it, instead of keeping its scores.
+
+    In the tangent this is what makes memory linear. In the forward, where nothing is ever differentiated, it keeps an
+    enclosing `lax.scan` from hoisting the masks of all blocks out of its loop. A loop needs no barrier against CSE.
+    """
+    return jax.checkpoint(f, prevent_cse=False)
+
+
+def _split(operands: Any, cut: Callable[[jax.Array], Any]) -> tuple[list[Any], Callable]:
+    """Cuts the leaves that `cut` cuts; the others (for which it gives None) belong to every piece.
+
+    Returns:
+      the pieces, each `[pieces, ...]` or None, and a function from one piece of each to the operands of that piece,
+      the others being those of its second argument, or the uncut ones.
+    """
+    leaves = jax.tree.leaves(operands)
+    tree: Any = jax.tree.structure(operands)
+    cuts = [cut(leaf) for leaf in leaves]
+
+    def together(pieces: list[Any], others: Any = operands) -> Any:
+        each = zip(jax.tree.leaves(others), cuts, pieces, strict=True)
+        return tree.unflatten([leaf if c is None else c.restore(piece) for leaf, c, piece in each])
+
+    return [None if c is None else c.pieces for c in cuts], together
+
+
+class Cut(NamedTuple):
+    pieces: jax.Array  # [pieces, ...]
+    restore: Callable[[jax.Array], jax.Array]  # from a piece to what it is a piece of
+
+
+def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piece: piece) -> Cut | None:
+    """Cuts an axis into blocks, `[pieces, ..., block, ...]`, the last padded with 0; None if the axis is 1."""
+    size = leaf.shape[axis]
+    if _is_one(size):
+        return None
+    leaf = _pad(leaf, axis, block)
+    shape = leaf.shape
+    pieces = move(leaf.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :])), axis, 0)
+    # Axes of 1 stay at home: they make XLA copy what it carries into a loop.
+    whole = pieces.shape[1:]
+    pieces = pieces.reshape((pieces.shape[0], *(n for n in whole if not _is_one(n))))
+    return Cut(pieces, lambda piece: restore(piece.reshape(whole)))
+
+
+def _payload_first(cut: Cut | None, has_payload: bool) -> Cut | None:
+    """Exchanges the last two axes of the pieces, `[..., block, H]` to `[..., H, block]`, where there are such."""
+    if cut is None or not has_payload or cut.pieces.ndim < 3:
+        return cut
+    return Cut(jnp.swapaxes(cut.pieces, -1, -2), lambda piece: cut.restore(jnp.swapaxes(piece, -1, -2)))
+
+
+def _join(pieces: jax.Array, axis: int, size: int | None = None) -> jax.Array:
+    """Undoes `_cut`: `[pieces, ..., block, ...]` to `[..., size, ...]`."""
+    joined = move(pieces, 0, axis)
+    shape = joined.shape
+    joined = joined.reshape((*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
+    return joined if size is None else lax.slice_in_dim(joined, 0, size, axis=axis)
