@@ -181,7 +181,18 @@ def test_each_option_alone_has_effect_in_every_function(implementation, name):
         "context_vector": lambda **o: jattn.context_vector(params, tokens, **o, implementation=implementation),
     }
     for call, f in calls.items():
-        assert np.abs(f(**beside) - f(**beside, **{name: value})).max() > 1e-3, f"{call} dropped {name}"
+        without, given = jit(lambda f=f: (f(**beside), f(**beside, **{name: value})))()
+        assert np.abs(without - given).max() > 1e-3, f"{call} dropped {name}"
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("rows", [[0], [0, 0], []], ids=str)
+def test_weights_of_rows_that_repeat(T, rows):
+    q, k, _ = qkv(T, S)
+    rows = np.asarray(rows, np.int32)
+    np.testing.assert_allclose(
+        jattn.attention_weights(q, k, rows=rows), jattn.attention_weights(q, k)[:, rows], rtol=1e-6
+    )
 
 
 def test_the_layer_hands_every_option_to_attention():

@@ -217,8 +217,12 @@ def test_b7_local_left_window_does_not_see_the_future():
 
 
 @both
-def test_b8_ring_buffer_decoding_is_the_full_forward(implementation):
-    """A cache of exactly the window's size, overwritten in place: positions, not slots, decide."""
+@pytest.mark.parametrize("unwritten", [jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min, -100], ids=str)
+def test_b8_ring_buffer_decoding_is_the_full_forward(implementation, unwritten):
+    """A cache of exactly the window's size, overwritten in place: positions, not slots, decide.
+
+    A slot not yet written stands beyond the window, however far: no difference of positions may overflow.
+    """
     T, window = 17, 5
     q, k, v = qkv(T=T, S=T)
     mask = masks.SlidingWindow(window)
@@ -234,8 +238,9 @@ def test_b8_ring_buffer_decoding_is_the_full_forward(implementation):
         return (keys, values, positions), out[0]
 
     garbage = jnp.full((window, *k.shape[1:]), jnp.nan), jnp.full((window, *v.shape[1:]), jnp.nan)
-    unwritten = jnp.full(window, jnp.iinfo(jnp.int32).max, jnp.int32)
-    decoded = jit(lambda cache: jax.lax.scan(step, cache, jnp.arange(T, dtype=jnp.int32))[1])((*garbage, unwritten))
+    decoded = jit(lambda cache: jax.lax.scan(step, cache, jnp.arange(T, dtype=jnp.int32))[1])(
+        (*garbage, jnp.full(window, unwritten, jnp.int32))
+    )
     np.testing.assert_allclose(decoded, full, **TOL)
 
 
@@ -361,6 +366,23 @@ def test_b13_very_negative_logits_are_valid(implementation, shift):
     )
     np.testing.assert_allclose(out, np.repeat(np.mean(v[:9], 0)[None].repeat(3, 1), 7, 0), **TOL)
     np.testing.assert_allclose(lse, shift + np.log(9), rtol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("shift", [-1e5, -1e30, 1e30])
+def test_b13_gradients_do_not_feel_how_low_the_logits_are(implementation, shift):
+    """An lse of -1e30 has no room left for log 9: weights must not be computed from it."""
+    _, k, v = qkv()
+
+    def f(q, k, v, shift):
+        given = (scores.Bias(shift),)
+        return loss(jattn.attention(q, k, v, mask=masks.Prefix(9), scores=given, implementation=implementation))
+
+    gradient = jit(jax.grad(f, (0, 1, 2)))
+    x = jnp.zeros((7, 6, 5)), k, v
+    chex.assert_trees_all_close(
+        gradient(*x, jnp.full((1, 1), shift)), gradient(*x, jnp.zeros((1, 1))), rtol=1e-5, atol=1e-6
+    )
 
 
 @both
