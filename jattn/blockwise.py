@@ -149,7 +149,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     """
     *lead, G, T, S = problem.sizes
     candidates = [
-        (chosen.block_q or _even(T, max(rows // G, 16)), chosen.block_kv or _even(S, keys), unit)
+        (_block(T, chosen.block_q, max(rows // G, 16)), _block(S, chosen.block_kv, keys), unit)
         for rows, keys, unit in _CANDIDATES
     ]
     decided = sweep.static_kinds(problem, problem.sizes) is not None
@@ -188,8 +188,10 @@ def _work(problem: Problem, block_q: int, block_kv: int, unit: float) -> float:
     )
 
 
-def _even(size: int, longest: int) -> int:
-    """The size of blocks of about equal length, none longer than `longest`."""
+def _block(size: int, chosen: int | None, longest: int) -> int:
+    """The block size chosen by the caller, else that of blocks of about equal length, none longer than `longest`."""
     if not isinstance(size, int):
-        return longest
+        return chosen or longest
+    if chosen is not None:
+        return max(min(chosen, size), 1)
     return -(-size // -(-size // longest)) if size else 1

@@ -20,7 +20,7 @@ def attend(problem: Problem) -> tuple[jax.Array, jax.Array]:
     Returns:
       out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, in the dtype of the sums.
     """
-    state, _, _ = _run(problem)
+    state = _run(problem)[0]
     out, lse = softmax.finish(state)
     return out[..., None, :], lse[..., None]
 
@@ -31,15 +31,14 @@ def weights(problem: Problem) -> jax.Array:
 
     p_ts = factor_ts * exp(s_ts - lse_t)
     """
-    state, s, keep = _run(problem)
+    state, s, keep, factor = _run(problem)
     lse = softmax.finish(state)[1][..., None]
     live = jnp.isfinite(lse) if keep is None else jnp.isfinite(lse) & keep
     p = jnp.where(live, jnp.exp(jnp.where(live, s - jnp.where(live, lse, 0), 0)), 0)
-    factor = problem.factor()
     return p if factor is None else p * factor.astype(p.dtype)
 
 
-def _run(problem: Problem) -> tuple[softmax.Running, jax.Array, jax.Array | None]:
+def _run(problem: Problem) -> tuple[softmax.Running, jax.Array, jax.Array | None, jax.Array | None]:
     V = problem.v.shape[-1]
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
     problem = problem.with_positions()
@@ -47,4 +46,5 @@ def _run(problem: Problem) -> tuple[softmax.Running, jax.Array, jax.Array | None
     s, v = problem.scores(keep)
     chex.assert_shape(s, problem.sizes)
     start = softmax.start(s.shape[:-1], V, s.dtype, problem.sink_logits())
-    return softmax.update(start, s, v, keep, problem.factor()), s, keep
+    factor = problem.factor()
+    return softmax.update(start, s, v, keep, factor), s, keep, factor

@@ -15,6 +15,7 @@ dim is the heads. Every array is dynamic: new arrays do not recompile. Every int
 tracing.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -120,7 +121,7 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
 
     def interval(array: Any) -> Interval:
         xp = np if isinstance(array, np.ndarray) else jnp
-        flat = array.reshape((-1, *array.shape[-2:]))
+        flat = array.reshape((math.prod(array.shape[:-2]), *array.shape[-2:]))
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
     verdict = Interval.of(jax.tree.map(interval, mask)(interval(q_pos), interval(kv_pos)))

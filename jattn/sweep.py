@@ -308,7 +308,8 @@ def _is_ragged(size: int, block: int) -> bool:
 
 def static_kinds(problem: Problem, blocks: tuple[int, ...]) -> np.ndarray | None:
     """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`, if that is known while tracing."""
-    return _static_kinds(problem.mask, plan(problem, blocks), problem.sizes)
+    at_least_one = tuple(max(block, 1) if isinstance(block, int) else block for block in blocks)
+    return _static_kinds(problem.mask, plan(problem, at_least_one), problem.sizes)
 
 
 def _forget(f: Callable) -> Callable:

@@ -17,37 +17,38 @@ def init(**options):
     return jattn.init(jax.random.key(KEY), **({"embed_dim": D} | options))
 
 
+def shapes_of(**options):
+    """The shapes that init gives, without drawing a number."""
+    return shapes(jax.eval_shape(lambda: init(**options)))
+
+
 def shapes(params):
     return {name: None if leaf is None else leaf.shape for name, leaf in params._asdict().items()}
 
 
 ABSENT = dict.fromkeys(("wo", "bq", "bk", "bv", "bo"))
+EVERYTHING = {
+    "wq": (D, N, H),
+    "wk": (C, K, H),
+    "wv": (C, K, V),
+    "wo": (N, V, E),
+    "bq": (N, H),
+    "bk": (K, H),
+    "bv": (K, V),
+    "bo": (E,),
+}
 
 
 def test_shapes():
-    assert shapes(init()) == {"wq": (D, 1, D), "wk": (D, 1, D), "wv": (D, 1, D)} | ABSENT
-    assert shapes(init(embed_dim=12, num_heads=3)) == {"wq": (12, 3, 4), "wk": (12, 3, 4), "wv": (12, 3, 4)} | ABSENT
-    assert (
-        shapes(init(embed_dim=10, qk_dim=20, v_dim=25))
-        == {
-            "wq": (10, 1, 20),
-            "wk": (10, 1, 20),
-            "wv": (10, 1, 25),
-        }
-        | ABSENT
-    )
-    assert shapes(init(num_heads=N, num_kv_heads=K, qk_dim=H, v_dim=V, out_dim=E, context_dim=C, use_bias=True)) == {
-        "wq": (D, N, H),
-        "wk": (C, K, H),
-        "wv": (C, K, V),
-        "wo": (N, V, E),
-        "bq": (N, H),
-        "bk": (K, H),
-        "bv": (K, V),
-        "bo": (E,),
-    }
-    assert init(use_bias=True).bo is None
-    assert shapes(init(embed_dim=12, num_heads=6, num_kv_heads=1))["wk"] == (12, 1, 2)
+    assert shapes_of() == {"wq": (D, 1, D), "wk": (D, 1, D), "wv": (D, 1, D)} | ABSENT
+    square = {"wq": (12, 3, 4), "wk": (12, 3, 4), "wv": (12, 3, 4)} | ABSENT
+    assert shapes_of(embed_dim=12, num_heads=3) == square
+    notebook = {"wq": (10, 1, 20), "wk": (10, 1, 20), "wv": (10, 1, 25)} | ABSENT
+    assert shapes_of(embed_dim=10, qk_dim=20, v_dim=25) == notebook
+    sizes = {"num_heads": N, "num_kv_heads": K, "qk_dim": H, "v_dim": V, "out_dim": E, "context_dim": C}
+    assert shapes_of(**sizes, use_bias=True) == EVERYTHING
+    assert shapes_of(use_bias=True)["bo"] is None
+    assert shapes_of(embed_dim=12, num_heads=6, num_kv_heads=1)["wk"] == (12, 1, 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -118,16 +119,8 @@ def matrices(seed=0, bias=True):
 def test_from_matrices_places_every_element():
     m = matrices()
     params = jattn.from_matrices(**m, num_heads=N, num_kv_heads=K)
-    assert shapes(params) == {
-        "wq": (D, N, H),
-        "wk": (C, K, H),
-        "wv": (C, K, V),
-        "wo": (N, V, E),
-        "bq": (N, H),
-        "bk": (K, H),
-        "bv": (K, V),
-        "bo": (E,),
-    }
+    assert shapes(params) == EVERYTHING
+    params = jax.tree.map(np.asarray, params)
     for n, h, d in np.ndindex(N, H, D):  # row n*H + h makes element h of head n
         assert params.wq[d, n, h] == m["wq"][n * H + h, d]
     for k, h in np.ndindex(K, H):
@@ -156,13 +149,13 @@ def test_from_matrices_under_jit_vmap_and_grad():
     def build(m):
         return jattn.from_matrices(**m, num_heads=N, num_kv_heads=K)
 
-    expected = build(m)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(build)(m), expected)
+    expected = jax.tree.map(np.asarray, jax.jit(build)(m))
+    jax.tree.map(np.testing.assert_array_equal, build(m), expected)
     stacked = jax.tree.map(lambda a: np.stack([a, -a], axis=1), m)
-    both = jax.vmap(build, in_axes=1)(stacked)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, jnp.stack([b, -b])), both, expected)
-    grads = jax.grad(lambda m: sum(jnp.sum(leaf**2) / 2 for leaf in jax.tree.leaves(build(m))))(m)
-    jax.tree.map(np.testing.assert_array_equal, grads, m)
+    both = jax.jit(jax.vmap(build, in_axes=1))(stacked)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.stack([b, -b])), both, expected)
+    squares = jax.jit(jax.grad(lambda m: sum(jnp.vdot(leaf, leaf) / 2 for leaf in jax.tree.leaves(build(m)))))
+    jax.tree.map(np.testing.assert_array_equal, squares(m), m)
 
 
 def test_from_matrices_is_pytorch_s_convention():
