@@ -68,6 +68,7 @@ SELECTION = {
     "lengths": "hvp_forward_over_reverse",
     "segments_causal": "scan_grad",
     "dense": "grad",
+    "dense_heads": "forward",
     "function_mask": "hvp_reverse_over_reverse",
     "bias_full": "hvp_forward_over_reverse",
     "bias_keys": "grad",
