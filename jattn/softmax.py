@@ -110,7 +110,7 @@ def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.
     # The double where: an lse of -inf must not reach the exponential, or its gradient is nan.
     finite = jnp.where(live, stacked, 0)
     m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))
-    weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m, 0)), 0)
+    weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m[None], 0)), 0)
     total = Running(m, weight.sum(0), (weight[..., None] * jnp.stack(outs).astype(dtype)).sum(0))
     out, lse = finish(total)
     return out.astype(outs[0].dtype), lse.astype(lses[0].dtype)
