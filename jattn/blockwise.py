@@ -1,12 +1,13 @@
 """Attention block by block, in memory linear in the sequence length, with one rule for every derivative.
 
-The forward runs the softmax over blocks of keys. Its derivative, written once as a forward-mode rule, is a plain sum
-over the same blocks, because with the log-sum-exp known no block depends on another:
+The forward gathers the running softmax (m, l, o) of `softmax` over blocks of keys. Its derivative, written once as a
+forward-mode rule, is a plain sum over the same blocks, because with m known no block depends on another:
 
-    p = exp(s - lse)      dlse = Σ_s p ds      dout = Σ_s ((p ds) v + p dv) - dlse out
+    e = exp(s - m)      dm = 0      dl = Σ_s e ds      do = Σ_s (e ds) v + e dv
 
-It is linear in the tangents, so JAX transposes it into the backward pass that others write by hand, and differentiates
-it again for every higher order. Rabe and Staats, 2021 (arXiv:2112.05682); Dao et al., 2022 (arXiv:2205.14135).
+(Attention does not depend on m, which is any shift of the scores, so m may count as constant.) The rule is linear in
+the tangents, so JAX transposes it into the backward pass that others write by hand, and differentiates it again for
+every higher order. Rabe and Staats, 2021 (arXiv:2112.05682); Dao et al., 2022 (arXiv:2205.14135).
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import numpy as np
 
 from jattn import checks, softmax, sweep
 from jattn.problem import Problem
+from jattn.softmax import Running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,56 +45,56 @@ class Blockwise:
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
-def attend(problem: Problem, blocks: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
     """Attends a block of scores at a time.
 
-        out = softmax(mask(modifiers(scale * q kᵀ))) v
+        m = max_s s        l = Σ_s exp(s - m)        o = Σ_s exp(s - m) v_s
 
     Args:
       problem: q `[*B, K, G, T, 1, H]`, k `[*B, K, 1, 1, S, H]`, v `[*B, K, 1, 1, S, V]` and the rest of `Problem`.
       blocks: the block size along each of `[*B, K, G, T, S]`, as `choose_blocks` gives them.
 
     Returns:
-      out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, in the dtype of the sums.
+      m and l `[*B, K, G, T]`, o `[*B, K, G, T, V]`, in the dtype of the sums.
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
-    return _attend(sweep.plan(problem, blocks), problem.with_positions())
+    run = functools.partial(_attend, sweep.plan(problem, blocks))
+    sharding = jax.typeof(problem.q).sharding
+    if sharding.mesh.explicit_axes:
+        # Loops over blocks are for XLA to partition: all that can be said of shardings is where the queries lie.
+        rows: Any = jax.P(*sharding.spec[:-2])
+        run = jax.sharding.auto_axes(run, out_sharding=Running(m=rows, l=rows, o=rows))
+    return run(problem.with_positions())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(plan: sweep.Plan, problem: Problem) -> tuple[jax.Array, jax.Array]:
-    def start(problem: Problem, _: Any) -> softmax.Running:
+def _attend(plan: sweep.Plan, problem: Problem) -> Running:
+    def start(problem: Problem, _: Any) -> Running:
         wide = checks.wide(problem.q)
         return softmax.start(problem.q.shape[:-2], problem.v.shape[-1], wide, problem.sink_logits())
 
-    def step(state: softmax.Running, keep: jax.Array | None, problem: Problem, _: Any) -> softmax.Running:
+    def step(state: Running, keep: jax.Array | None, problem: Problem, _: Any) -> Running:
         s, v = problem.scores(keep)
         return softmax.update(state, s, v, keep, problem.factor())
 
-    def finish(state: softmax.Running, problem: Problem, _: Any) -> tuple[jax.Array, jax.Array]:
-        out, lse = softmax.finish(state)
-        return out[..., None, :], lse[..., None]
-
-    return sweep.sweep(plan, start, step, finish, problem, ())
+    return sweep.sweep(plan, start, step, problem, ())
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(plan: sweep.Plan, primals: tuple[Problem], tangents: tuple[Problem]) -> Any:
+def _attend_jvp(plan: sweep.Plan, primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Running, Running]:
     (problem,), (dproblem,) = primals, tangents
-    results = _attend(plan, problem)  # itself, so that higher orders meet this rule again
+    state = _attend(plan, problem)  # itself, so that higher orders meet this rule again
     directions = jax.tree.leaves(dproblem)
     live = [i for i, d in enumerate(directions) if _is_direction(d)]
-    return results, _tangent(plan, live, problem, [directions[i] for i in live], *results)
+    return state, _tangent(plan, live, problem, [directions[i] for i in live], state)
 
 
 def _is_direction(tangent: Any) -> bool:
     return not isinstance(tangent, jax.custom_derivatives.SymbolicZero) and tangent.dtype != jax.dtypes.float0
 
 
-def _tangent(
-    plan: sweep.Plan, live: list[int], problem: Problem, directions: list[jax.Array], out: jax.Array, lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """dout and dlse along `directions`, which are those of the leaves `live` of the problem."""
+def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: list[jax.Array], at: Running) -> Running:
+    """The derivative of the state along `directions`, which are those of the leaves `live` of the problem."""
 
     def along(f: Callable[[Problem], Any], problem: Problem, directions: list[jax.Array]) -> Any:
         leaves = jax.tree.leaves(problem)
@@ -104,40 +106,27 @@ def _tangent(
 
         return jax.jvp(moved, [leaves[i] for i in live], directions)
 
-    def exp(s: jax.Array, lse: jax.Array, answered: jax.Array) -> jax.Array:
-        # A row without keys (or one of padding) has no lse to subtract; subtracting the greatest number gives it 0.
-        return jnp.exp(s - jnp.where(answered, lse, jnp.finfo(s.dtype).max))
+    def shift(m: jax.Array, answered: jax.Array) -> jax.Array:
+        # A row without keys (or one of padding) has no m to subtract; subtracting the greatest number gives it e = 0.
+        return jnp.where(answered, m, jnp.finfo(m.dtype).max)[..., 0]
 
-    def start(problem: Problem, directions: Any, out: jax.Array, lse: jax.Array, answered: jax.Array) -> Any:
-        dout, dlse = jnp.zeros_like(out[..., 0, :]), jnp.zeros_like(lse)
+    def start(problem: Problem, directions: Any, m: jax.Array, answered: jax.Array) -> Any:
+        dl = jnp.zeros_like(m[..., 0])
         if problem.sink is not None:
             sink, dsink = along(Problem.sink_logits, problem, directions)
-            dlse = dlse + exp(sink[..., None], lse, answered) * dsink[..., None]
-        return dout, dlse
+            dl = dl + jnp.exp(sink - shift(m, answered)) * dsink
+        return dl, jnp.zeros((*dl.shape, problem.v.shape[-1]), dl.dtype)
 
-    def step(
-        state: Any, keep: Any, problem: Problem, directions: Any, out: jax.Array, lse: jax.Array, answered: jax.Array
-    ) -> Any:
-        def masked(problem: Problem) -> tuple[jax.Array, jax.Array]:
-            s, v = problem.scores(keep)
-            return (s if keep is None else jnp.where(keep, s, jnp.finfo(s.dtype).min)), v
+    def step(state: Any, keep: Any, problem: Problem, directions: Any, m: jax.Array, answered: jax.Array) -> Any:
+        dl, do = state
+        (s, v), (ds, dv) = along(lambda problem: problem.scores(keep), problem, directions)
+        e = softmax.exponentials(s, shift(m, answered), keep)
+        de, factor = e * (ds if keep is None else jnp.where(keep, ds, 0)), problem.factor()
+        weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
+        return dl + de.sum(-1), do + softmax.weigh(dweights, v) + softmax.weigh(weights, dv)
 
-        dout, dlse = state
-        (s, v), (ds, dv) = along(masked, problem, directions)
-        p = exp(s, lse, answered)
-        p = p if keep is None else jnp.where(keep, p, 0)
-        pds, factor = p * ds, problem.factor()
-        weights, dweights = (p, pds) if factor is None else (p * factor.astype(p.dtype), pds * factor.astype(p.dtype))
-        dout = dout + softmax.weigh(dweights, v) + softmax.weigh(weights, dv)
-        return dout, dlse + pds.sum(-1, keepdims=True)
-
-    def finish(
-        state: Any, problem: Problem, directions: Any, out: jax.Array, lse: jax.Array, answered: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        dout, dlse = state
-        return dout[..., None, :] - dlse[..., None] * out, dlse
-
-    return sweep.sweep(plan, start, step, finish, problem, directions, out, lse, lse > -jnp.inf)
+    dl, do = sweep.sweep(plan, start, step, problem, directions, at.m[..., None], (at.l > 0)[..., None])
+    return Running(jnp.zeros_like(at.m), dl, do)
 
 
 def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:

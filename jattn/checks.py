@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 def floating(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError unless its dtype is a real floating one."""
-    array = _array(name, array)
+    array = as_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{name} must have a real floating dtype (float16, bfloat16, float32, float64), got {array.dtype}"
@@ -23,7 +23,7 @@ def floating(name: str, array: Any) -> jax.Array:
 
 def integer(name: str, array: Any) -> jax.Array:
     """Returns `array` as an int32 JAX array; TypeError unless its dtype is an integer one."""
-    array = _array(name, array)
+    array = as_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
     return array.astype(jnp.int32)
@@ -31,7 +31,7 @@ def integer(name: str, array: Any) -> jax.Array:
 
 def boolean(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError unless it is boolean."""
-    array = _array(name, array)
+    array = as_array(name, array)
     if array.dtype != jnp.bool_:
         raise TypeError(f"{name} must be boolean, got dtype {array.dtype}")
     return array
@@ -65,7 +65,8 @@ def wide(*arrays: Any) -> Any:
     return jnp.float64 if any(jnp.result_type(array) == jnp.float64 for array in arrays) else jnp.float32
 
 
-def _array(name: str, array: Any) -> jax.Array:
+def as_array(name: str, array: Any) -> jax.Array:
+    """Returns `array` as a JAX array; TypeError if it cannot be one."""
     try:
         return jnp.asarray(array)
     except (TypeError, ValueError) as error:

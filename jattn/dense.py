@@ -2,49 +2,50 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 
-from jattn import softmax
+from jattn import checks, softmax
 from jattn.problem import Problem
+from jattn.softmax import Running
 
 
 @jax.jit
-def attend(problem: Problem) -> tuple[jax.Array, jax.Array]:
+def attend(problem: Problem) -> Running:
     """Attends with all scores `[*B, K, G, T, S]` in memory.
 
-        out = softmax(mask(modifiers(scale * q kᵀ))) v
+        m = max_s s        l = Σ_s exp(s - m)        o = Σ_s exp(s - m) v_s
 
     Args:
       problem: q `[*B, K, G, T, 1, H]`, k `[*B, K, 1, 1, S, H]`, v `[*B, K, 1, 1, S, V]` and the rest of `Problem`.
 
     Returns:
-      out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, in the dtype of the sums.
+      m and l `[*B, K, G, T]`, o `[*B, K, G, T, V]`, in the dtype of the sums.
     """
-    state = _run(problem)[0]
-    out, lse = softmax.finish(state)
-    return out[..., None, :], lse[..., None]
+    chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
+    problem = problem.with_positions()
+    s, v, keep = _scores(problem)
+    return softmax.update(_start(problem), s, v, keep, problem.factor())
 
 
 @jax.jit
 def weights(problem: Problem) -> jax.Array:
-    """Returns the weights `[*B, K, G, T, S]` by which `attend` sums the values.
+    """Returns the weights by which attention sums the values, `[*B, K, G, T, S]`.
 
-    p_ts = factor_ts * exp(s_ts - lse_t)
+    p_ts = factor_ts * exp(s_ts - m_t) / l_t
     """
-    state, s, keep, factor = _run(problem)
-    lse = softmax.finish(state)[1][..., None]
-    live = jnp.isfinite(lse) if keep is None else jnp.isfinite(lse) & keep
-    p = jnp.where(live, jnp.exp(jnp.where(live, s - jnp.where(live, lse, 0), 0)), 0)
-    return p if factor is None else p * factor.astype(p.dtype)
-
-
-def _run(problem: Problem) -> tuple[softmax.Running, jax.Array, jax.Array | None, jax.Array | None]:
-    V = problem.v.shape[-1]
-    chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
     problem = problem.with_positions()
+    s, v, keep = _scores(problem)
+    state = softmax.update(_start(problem), s, v, keep)
+    p = softmax.output(state._replace(o=softmax.exponentials(s, state.m, keep)))
+    factor = problem.factor()
+    return p if factor is None else p * factor
+
+
+def _start(problem: Problem) -> Running:
+    return softmax.start(problem.sizes[:-1], problem.v.shape[-1], checks.wide(problem.q), problem.sink_logits())
+
+
+def _scores(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     keep = problem.keep()
     s, v = problem.scores(keep)
     chex.assert_shape(s, problem.sizes)
-    start = softmax.start(s.shape[:-1], V, s.dtype, problem.sink_logits())
-    factor = problem.factor()
-    return softmax.update(start, s, v, keep, factor), s, keep, factor
+    return s, v, keep

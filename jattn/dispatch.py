@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jattn import blockwise, checks, dense, masks, sweep
+from jattn import blockwise, checks, dense, masks, softmax, sweep
 from jattn.blockwise import Blockwise
 from jattn.problem import Problem, lay_out, move
 from jattn.scores import Bias, Dropout
@@ -66,7 +66,7 @@ def attention(
         queries stand.
       TypeError: dtypes that are not real floating, or arguments that are not what they should be.
     """
-    return attention_with_lse(
+    problem = lay_out(
         query,
         key,
         value,
@@ -77,8 +77,8 @@ def attention(
         q_positions=q_positions,
         kv_positions=kv_positions,
         dropout=dropout,
-        implementation=implementation,
-    )[0]
+    )
+    return _output(problem, _attend(problem, implementation), query)
 
 
 def attention_with_lse(
@@ -121,10 +121,8 @@ def attention_with_lse(
         kv_positions=kv_positions,
         dropout=dropout,
     )
-    chosen = _choose(problem, implementation)
-    out, lse = dense.attend(problem) if chosen is None else blockwise.attend(problem, chosen)
-    ndim = len(problem.sizes)
-    return _as_it_came(out, ndim).astype(jnp.result_type(query)), _as_it_came(lse, ndim)
+    state = _attend(problem, implementation)
+    return _output(problem, state, query), _as_it_came(softmax.log_sum_exp(state), problem)
 
 
 def attention_weights(
@@ -228,9 +226,10 @@ def dot_product_attention(
     if is_causal:
         allowed = allowed & masks.Causal()
     if local_window_size is not None:
-        both = isinstance(local_window_size, tuple | list)
-        left, right = local_window_size if both else (local_window_size, local_window_size)  # type: ignore[misc]
-        allowed = allowed & masks.Window(left, right)
+        window = local_window_size if isinstance(local_window_size, tuple | list) else (local_window_size,) * 2
+        if len(window) != 2:
+            raise ValueError(f"local_window_size must be an int or (left, right), got {local_window_size!r}")
+        allowed = allowed & masks.Window(*window)
     lengths = dict(q=query_seq_lengths, kv=key_value_seq_lengths)
     batch = jnp.shape(query)[:-3]
     for name, length in (("query_seq_lengths", query_seq_lengths), ("key_value_seq_lengths", key_value_seq_lengths)):
@@ -328,6 +327,15 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
     )
 
 
+def _attend(problem: Problem, implementation: Any) -> softmax.Running:
+    chosen = _choose(problem, implementation)
+    return dense.attend(problem) if chosen is None else blockwise.attend(problem, chosen)
+
+
+def _output(problem: Problem, state: softmax.Running, query: ArrayLike) -> jax.Array:
+    return _as_it_came(softmax.output(state), problem).astype(jnp.result_type(query))
+
+
 def _choose(problem: Problem, implementation: Any) -> tuple[int, ...] | None:
     """The block sizes of the blockwise implementation, or None for the dense one."""
     if isinstance(implementation, Blockwise):
@@ -368,11 +376,11 @@ def _reasons(sizes: tuple[int, ...], H: int, chosen: tuple[int, ...] | None, imp
     }
 
 
-def _as_it_came(result: jax.Array, ndim: int) -> jax.Array:
-    """[*B, K, G, T, 1, ...] -> [*B, T, N, ...], for a problem of `ndim` axes."""
-    rows_first = move(result, ndim - 2, ndim - 4)
-    *batch, T, K, G, _ = rows_first.shape[:ndim]
-    return rows_first.reshape((*batch, T, K * G, *result.shape[ndim:]))
+def _as_it_came(result: jax.Array, problem: Problem) -> jax.Array:
+    """[*B, K, G, T, ...] -> [*B, T, N, ...]"""
+    *batch, K, G, T, _ = problem.sizes
+    rows_first = move(result, len(batch) + 2, len(batch))
+    return rows_first.reshape((*batch, T, K * G, *rows_first.shape[len(batch) + 3 :]))
 
 
 def _take_rows(problem: Problem, rows: Any) -> Problem:
@@ -384,7 +392,8 @@ def _take_rows(problem: Problem, rows: Any) -> Problem:
         raise ValueError(f"rows must lie in 0 ... T - 1 = {T - 1}, got {rows.min()} ... {rows.max()}")
     axis = len(problem.sizes) - 2
     problem = problem.with_positions()
-    return jax.tree.map(lambda leaf: leaf if leaf.shape[axis] == 1 else jnp.take(leaf, rows, axis=axis), problem)
+    taken = jax.tree.map(lambda leaf: leaf if leaf.shape[axis] == 1 else jnp.take(leaf, rows, axis=axis), problem)
+    return taken._replace(q=jnp.take(problem.q, rows, axis=axis))  # an axis T of 1 too: it says how many rows there are
 
 
 def _arrays_apart(tree: Any) -> tuple[list[Any], Any]:

@@ -16,14 +16,17 @@ tracing.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn import checks
 from jattn.values import Interval, Value
+
+_INT32 = np.iinfo(np.int32)
 
 
 class Mask(Value):
@@ -70,11 +73,10 @@ class Mask(Value):
           S: number of keys, at positions 0, 1, ...
           q_offset: position of the first query.
         """
-        lead = np.broadcast_shapes(*_leading(self)) or (1,)
-        sizes = (*lead, 1, T, S)
+        lead, sizes = _sizes(self, T, S)
         q_pos, kv_pos = _positions(len(sizes), T, S, q_offset)
         allowed = jnp.broadcast_to(self.lay_out(sizes)(q_pos, kv_pos), sizes)
-        return allowed.reshape((*np.broadcast_shapes(*_leading(self)), T, S))
+        return allowed.reshape((*lead, T, S))
 
     def picture(self, T: int, S: int, *, q_offset: int = 0, width: int = 64) -> str:
         """Draws the mask, queries downwards and keys across: █ may attend, · may not, ▒ some of that block may.
@@ -88,8 +90,7 @@ class Mask(Value):
           q_offset: position of the first query.
           width: most characters across; half as many lines.
         """
-        lead = np.broadcast_shapes(*_leading(self)) or (1,)
-        sizes = (*lead, 1, T, S)
+        _, sizes = _sizes(self, T, S)
         first = jax.tree.map(lambda a: a[(slice(0, 1),) * (a.ndim - 2)], self.lay_out(sizes))
         q_pos, kv_pos = (p.astype(np.int32) for p in _positions(len(sizes), T, S, q_offset))
         block_q, block_kv = max(1, -(-T // max(width // 2, 1))), max(1, -(-S // width))
@@ -127,6 +128,15 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
     verdict = Interval.of(jax.tree.map(interval, mask)(interval(q_pos), interval(kv_pos)))
     xp = np if isinstance(verdict.lo, np.ndarray | np.bool_) and isinstance(verdict.hi, np.ndarray | np.bool_) else jnp
     return ~xp.broadcast_to(verdict.hi, shape), xp.broadcast_to(verdict.lo, shape)
+
+
+def known(mask: Mask) -> Mask:
+    """Returns what is known of the mask while tracing: parts that carry arrays may allow, or may not."""
+    if isinstance(mask, And | Or):
+        return mask.replace(masks=tuple(map(known, mask.masks)))
+    if isinstance(mask, Not):
+        return mask.replace(mask=known(mask.mask))
+    return Function(np.equal) if jax.tree.leaves(mask) else mask  # of a function nothing is known
 
 
 def _by_block(xp: Any, array: Any, block_q: int, block_kv: int, pick: str) -> Any:
@@ -209,8 +219,8 @@ class Window(Mask):
             _check_count(f"Window {name}", getattr(self, name), optional=True)
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
-        allowed = np.True_ if self.left is None else q_pos - kv_pos <= self.left
-        return allowed & (np.True_ if self.right is None else kv_pos - q_pos <= self.right)
+        allowed = np.True_ if self.left is None else kv_pos >= _earlier(q_pos, self.left)
+        return allowed & (np.True_ if self.right is None else kv_pos <= _later(q_pos, self.right))
 
 
 def SlidingWindow(n: int) -> Mask:
@@ -432,14 +442,15 @@ def as_mask(mask: Any) -> Mask:
         return Full()
     if isinstance(mask, Mask):
         return mask
-    if hasattr(mask, "dtype") or isinstance(mask, bool | list):
-        if jnp.result_type(mask) == jnp.bool_:
-            return Dense(jnp.asarray(mask))
-        raise TypeError(
-            f"mask must be boolean, True where attending is allowed, got dtype {jnp.result_type(mask)}; "
-            f"what is added to the scores is jattn.scores.Bias"
-        )
-    raise TypeError(f"mask must be a boolean array or a mask of jattn.masks, got {type(mask).__name__}")
+    if not (hasattr(mask, "dtype") or isinstance(mask, bool | list)):
+        raise TypeError(f"mask must be a boolean array or a mask of jattn.masks, got {type(mask).__name__}")
+    array = checks.as_array("mask", mask)
+    if array.dtype == jnp.bool_:
+        return Dense(array)
+    raise TypeError(
+        f"mask must be boolean, True where attending is allowed, got dtype {array.dtype}; "
+        f"what is added to the scores is jattn.scores.Bias"
+    )
 
 
 def guard(keep: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -453,6 +464,26 @@ def guard(keep: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ja
     """
     asks, answers = keep.any(-1)[..., None], keep.any((-3, -2))[..., None]
     return jnp.where(asks, q, 0), jnp.where(answers, k, 0), jnp.where(answers, v, 0)
+
+
+def _earlier(pos: Any, count: Any) -> Any:
+    """pos - count, for count >= 0, not below the least int32."""
+    if isinstance(pos, Interval):
+        count = Interval.of(count)
+        return Interval(_earlier(pos.lo, count.hi), _earlier(pos.hi, count.lo))
+    return (np if _is_numpy(pos, count) else jnp).maximum(pos, _INT32.min + count) - count
+
+
+def _later(pos: Any, count: Any) -> Any:
+    """pos + count, for count >= 0, not above the greatest int32."""
+    if isinstance(pos, Interval):
+        count = Interval.of(count)
+        return Interval(_later(pos.lo, count.lo), _later(pos.hi, count.hi))
+    return (np if _is_numpy(pos, count) else jnp).minimum(pos, _INT32.max - count) + count
+
+
+def _is_numpy(*arrays: Any) -> bool:
+    return not any(isinstance(array, jax.Array) for array in arrays)
 
 
 def _both(a: Mask, b: Mask) -> Mask:
@@ -481,14 +512,28 @@ def _joined(kind: Callable[[tuple[Mask, ...]], Mask], parts: tuple[Mask, ...]) -
     return different[0] if len(different) == 1 else kind(tuple(different))
 
 
-def _leading(mask: Mask) -> list[tuple[int, ...]]:
-    """The leading dims of every array that the mask carries."""
-    if isinstance(mask, And | Or):
-        return [lead for part in mask.masks for lead in _leading(part)]
-    if isinstance(mask, Not):
-        return _leading(mask.mask)
-    arrays = [(np.shape(getattr(mask, name)), len(axes.replace("N", ""))) for name, axes in mask.axes.items()]
-    return [shape[: max(len(shape) - own, 0)] for shape, own in arrays]
+def _sizes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The leading dims of the mask as an array, and the sizes `[*B, K, G, T, S]` to lay it out for.
+
+    Dims in front of a `Dense` mask's T and S are the batch and the heads, so a mask with one dim less has batch alone;
+    without a `Dense` that has heads, leading dims are taken for the batch.
+    """
+    parts = list(_parts(mask))
+    heads = [np.ndim(part.array) - 3 for part in parts if isinstance(part, Dense) and np.ndim(part.array) >= 3]
+    lead: list[tuple[int, ...]] = []
+    for part in parts:
+        for name, axes in part.axes.items():
+            shape, own = np.shape(getattr(part, name)), len(axes.replace("N", ""))
+            dims = shape[: max(len(shape) - own, 0)]
+            lead.append((*dims, 1) if heads and len(dims) <= max(heads) else dims)
+    whole = np.broadcast_shapes(*lead)
+    return whole, ((*whole, 1, T, S) if heads else (*whole, 1, 1, T, S))
+
+
+def _parts(mask: Mask) -> Iterator[Mask]:
+    """The masks that a mask is made of."""
+    inside = mask.masks if isinstance(mask, And | Or) else (mask.mask,) if isinstance(mask, Not) else ()
+    yield from [part for one in inside for part in _parts(one)] if inside else [mask]
 
 
 def _positions(ndim: int, T: int, S: int, q_offset: int) -> tuple[np.ndarray, np.ndarray]:
@@ -502,8 +547,8 @@ def _check_count(name: str, value: Any, *, optional: bool = False) -> None:
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "dtype")):
         raise TypeError(f"{name} must be an int{', None' if optional else ''} or an integer array, got {value!r}")
     if isinstance(value, int):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0 <= value <= _INT32.max:
+            raise ValueError(f"{name} must be from 0 to {_INT32.max}, got {value}")
         return
     _check_array(name, value, jnp.integer, 0)
 

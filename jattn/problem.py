@@ -5,7 +5,7 @@ same slice of everything and is again a problem.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from jattn import checks, masks
 from jattn.scores import Dropout, Modifier, Sink, as_scores, split
 from jattn.values import Value
+
+_ValueT = TypeVar("_ValueT", bound=Value)
 
 
 class Range(Value):
@@ -83,8 +85,11 @@ class Problem(NamedTuple):
         return s, v
 
     def factor(self) -> jax.Array | None:
-        """What dropout multiplies the weights by, `[*B, K, G, T, S]`; None for 1."""
-        return None if self.dropout is None else self.dropout(self.q_pos, self.kv_pos)
+        """What dropout multiplies the weights by, `[*B, K, G, T, S]` or 1 for T; None for 1."""
+        if self.dropout is None:
+            return None
+        kept = self.dropout(self.q_pos, self.kv_pos)
+        return kept.astype(checks.wide(self.q)) / (1 - self.dropout.rate)
 
     def sink_logits(self) -> jax.Array | None:
         """The logits of the sink, `[*B, K, G, 1]`; None without."""
@@ -125,7 +130,7 @@ def lay_out(
         _refuse_to_guess(mask, modifiers, T, S)
     if H == 0 and scale is None:
         raise ValueError("scale=None is 1/sqrt(H), and query has H=0: give scale=")
-    scale = jnp.asarray(1 / math.sqrt(H) if scale is None else scale)
+    scale = checks.as_array("scale", 1 / math.sqrt(H) if scale is None else scale)
     if scale.ndim or not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
         raise ValueError(f"scale must be one real number, got {scale.dtype}{list(scale.shape)}")
     # One dtype for the operands of the products; a CPU multiplies narrow floats no faster than float32.
@@ -143,9 +148,9 @@ def lay_out(
         scale=scale.astype(wide).reshape((1,) * len(sizes)),
         q_pos=q_pos,
         kv_pos=kv_pos,
-        mask=mask.lay_out(sizes),
-        modifiers=tuple(change.lay_out(sizes) for change in changes),
-        sink=None if sink is None else sink.lay_out(sizes),
+        mask=_fit("mask", mask, sizes),
+        modifiers=tuple(_fit("scores", change, sizes) for change in changes),
+        sink=None if sink is None else _fit("scores", sink, sizes),
         dropout=None if dropout is None or dropout.rate == 0 else dropout.lay_out(sizes),
     )
 
@@ -163,6 +168,13 @@ def move(array: jax.Array, source: int, destination: int) -> jax.Array:
     if permutation != sorted(permutation):
         array_bare = array_bare.transpose(permutation)
     return array_bare.reshape([array.shape[axis] for axis in order])
+
+
+def _fit(name: str, value: _ValueT, sizes: tuple[Any, ...]) -> _ValueT:
+    try:
+        return value.lay_out(sizes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _check_shape(name: str, array: jax.Array, letters: str, sizes: tuple[Any, ...]) -> None:

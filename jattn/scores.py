@@ -252,12 +252,14 @@ class Dropout(Value):
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float):
             raise TypeError(f"Dropout rate must be a Python float, got {self.rate!r}")
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"Dropout rate must be 0 <= rate < 1, got {self.rate}")
+        if not 0 <= self.rate <= 1 - 2**-32:
+            raise ValueError(f"Dropout rate must be 0 <= rate < 1, in steps of 2**-32, got {self.rate}")
         try:
             jax.eval_shape(jax.random.bits, self.key)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"Dropout key must be a JAX random key (jax.random.key(seed)), got {self.key!r}") from error
+            raise type(error)(
+                f"Dropout key must be one JAX random key (jax.random.key(seed)), got {self.key!r}"
+            ) from error
 
     def lay_out(self, sizes: tuple[int, ...]) -> "Dropout":
         """Returns the value with, for its key, two words for each batch element and head, `[*B, K, G, 1, 1]` each."""
@@ -268,9 +270,9 @@ class Dropout(Value):
         return self.replace(key=_threefry(words[0], words[1], element, head))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> jax.Array:
-        """Returns the factor of each weight, 0 or 1 / (1 - rate), float32 `[..., T, S]`."""
+        """Returns whether each weight stays, bool `[..., T, S]`."""
         bits, _ = _threefry(self.key[0], self.key[1], q_pos.astype(jnp.uint32), kv_pos.astype(jnp.uint32))
-        return jnp.where(bits >= jnp.uint32(round(self.rate * 2**32)), jnp.float32(1 / (1 - self.rate)), jnp.float32(0))
+        return bits >= jnp.uint32(round(self.rate * 2**32))
 
 
 def split(scores: tuple[Value, ...]) -> tuple[tuple[Modifier, ...], Sink | None]:

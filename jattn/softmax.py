@@ -49,14 +49,20 @@ def update(
       factor: broadcastable to `s`, of weights on their way to the values (dropout). None: 1.
     """
     least = jnp.finfo(s.dtype).min
-    s = s if keep is None else jnp.where(keep, s, least)
-    m = lax.stop_gradient(jnp.maximum(state.m, jnp.max(s, axis=-1, initial=least)))
-    p = jnp.exp(s - m[..., None])
-    # A row that keeps nothing has m = least = s, whose exponential is 1: masking the scores alone is not enough.
-    p = p if keep is None else jnp.where(keep, p, 0)
+    highest = jnp.max(s if keep is None else jnp.where(keep, s, least), axis=-1, initial=least)
+    m = lax.stop_gradient(jnp.maximum(state.m, highest))
+    p = exponentials(s, m, keep)
     rescale = jnp.exp(state.m - m)
-    weights = p if factor is None else p * factor.astype(p.dtype)
+    weights = p if factor is None else p * factor
     return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + weigh(weights, v))
+
+
+def exponentials(s: jax.Array, m: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    """Returns exp(s - m), `[..., T, S]`; 0 where `keep` is False."""
+    if keep is None:
+        return jnp.exp(s - m[..., None])
+    # A row that keeps nothing has m = least = s, whose exponential is 1: masking the scores alone is not enough.
+    return jnp.where(keep, jnp.exp(jnp.where(keep, s, jnp.finfo(s.dtype).min) - m[..., None]), 0)
 
 
 def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
@@ -66,11 +72,17 @@ def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("...rs,...sv->...rv", rows, v, preferred_element_type=p.dtype).reshape((*lead, G, T, v.shape[-1]))
 
 
-def finish(state: Running) -> tuple[jax.Array, jax.Array]:
-    """Returns out `[..., T, V]` and lse `[..., T]`: 0 and -inf where no key was kept."""
+@jax.jit
+def output(state: Running) -> jax.Array:
+    """Returns out = o / l, `[..., T, V]`; 0 where no key was kept."""
+    return state.o / jnp.where(state.l > 0, state.l, 1)[..., None]
+
+
+@jax.jit
+def log_sum_exp(state: Running) -> jax.Array:
+    """Returns lse = m + log l, `[..., T]`; -inf where no key was kept."""
     live = state.l > 0
-    l = jnp.where(live, state.l, 1)  # noqa: E741
-    return state.o / l[..., None], jnp.where(live, state.m + jnp.log(l), -jnp.inf)
+    return jnp.where(live, state.m + jnp.log(jnp.where(live, state.l, 1)), -jnp.inf)
 
 
 def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.Array]:
@@ -112,5 +124,4 @@ def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.
     m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))
     weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m[None], 0)), 0)
     total = Running(m, weight.sum(0), (weight[..., None] * jnp.stack(outs).astype(dtype)).sum(0))
-    out, lse = finish(total)
-    return out.astype(outs[0].dtype), lse.astype(lses[0].dtype)
+    return output(total).astype(outs[0].dtype), log_sum_exp(total).astype(lses[0].dtype)

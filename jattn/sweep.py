@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn import checks, masks
+from jattn import masks
 from jattn.problem import Problem, Range, move
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -32,26 +32,25 @@ def plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
     return Plan(blocks, *(p if isinstance(p, Range) else None for p in (problem.q_pos, problem.kv_pos)))
 
 
-def sweep(
-    plan: Plan, start: Callable, step: Callable, finish: Callable, problem: Problem, directions: Any, *residuals: Any
-) -> tuple[jax.Array, jax.Array]:
+def sweep(plan: Plan, start: Callable, step: Callable, problem: Problem, directions: Any, *residuals: Any) -> Any:
     """Goes through the blocks of a problem: batch, then heads, then rows, and keys innermost.
 
     For each block of rows and heads: state = start(rows); state = step(state, keep, block) for each block of keys that
-    is not empty; results = finish(state, rows). Rows and blocks are the operands (problem, directions, *residuals), cut
-    to size; results are linear in directions.
+    is not empty. Rows and blocks are the operands (problem, directions, *residuals), cut to size; states are linear in
+    directions.
 
     Returns:
-      the results of `finish`: out `[*B, K, G, T, 1, V]` and lse `[*B, K, G, T, 1]`, or what is shaped like them.
+      the last states, each array `[*B, K, G, T, ...]`, as `start` makes them for the problem as a whole.
     """
-    *batch_axes, K_axis, _, _, _ = range(len(plan.blocks))
+    *batch_axes, K_axis, _, _, S_axis = range(len(plan.blocks))
+    operands = (problem, directions, *residuals)
     visits = _visits(plan, problem, band=bool(directions))
-    tile = functools.partial(_tile, visits, start, step, finish)
+    tile = functools.partial(_tile, visits, start, step)
     run = functools.partial(_without_lead, functools.partial(_by_rows, tile, visits), plan.blocks)
-    run = functools.partial(_by_heads, run, K_axis, plan.blocks[K_axis])
+    run = functools.partial(_by_heads, run, start, K_axis, plan.blocks[K_axis])
     for axis in reversed(batch_axes):
         run = functools.partial(_by_examples, run, axis, plan.blocks[axis])
-    return run((problem, directions, *residuals))
+    return jax.tree.map(lambda result: jnp.squeeze(result, S_axis), run(operands))
 
 
 def _by_examples(run: Callable, axis: int, block: int, operands: Any) -> Any:
@@ -71,7 +70,7 @@ def _by_examples(run: Callable, axis: int, block: int, operands: Any) -> Any:
     return jax.tree.map(lambda result: move(_join(result, axis, size), K_axis, K_axis + 2), results)
 
 
-def _by_heads(run: Callable, axis: int, block: int, operands: Any) -> Any:
+def _by_heads(run: Callable, start: Callable, axis: int, block: int, operands: Any) -> Any:
     """Runs over blocks of key/value heads, one after the other.
 
     Heads are sliced out of the caller's layout and results put back into it one at a time, so that nothing is
@@ -86,8 +85,8 @@ def _by_heads(run: Callable, axis: int, block: int, operands: Any) -> Any:
     fixed_tree: Any = jax.tree.structure((problem, residuals))
     outside = [_Outside(leaf, axis) for leaf in fixed]
     kept = [o.enter(leaf) for o, leaf in zip(outside, fixed, strict=True)]
-    lse = jnp.zeros(problem.q.shape[:-1], checks.wide(problem.q))
-    none_yet = (jnp.zeros((*lse.shape, problem.v.shape[-1]), lse.dtype), lse)
+    states = jax.tree.map(lambda state: jnp.zeros(state.shape, state.dtype), jax.eval_shape(start, *operands))
+    none_yet = jax.tree.leaves(_varying(_with_keys_axis(states, len(problem.sizes) - 1), problem))
     homes = [_Outside(result, axis) for result in none_yet]
 
     def heads(results: Any, x: Any) -> Any:
@@ -95,15 +94,14 @@ def _by_heads(run: Callable, axis: int, block: int, operands: Any) -> Any:
         problem, residuals = fixed_tree.unflatten(
             [o.take(leaf, h * block, block) for o, leaf in zip(outside, kept, strict=True)]
         )
-        parts = run((problem, together(piece), *residuals))
-        return tuple(
-            o.put(result, part, h * block) for o, result, part in zip(homes, results, parts, strict=True)
-        ), None
+        parts = jax.tree.leaves(run((problem, together(piece), *residuals)))
+        return [o.put(result, part, h * block) for o, result, part in zip(homes, results, parts, strict=True)], None
 
-    starts = tuple(o.enter(result) for o, result in zip(homes, none_yet, strict=True))
+    starts = [o.enter(result) for o, result in zip(homes, none_yet, strict=True)]
     body = _forget(lambda results, x: heads(results, (x[0], kept, x[1])))
     results, _ = lax.scan(body, starts, (pieces, jnp.arange(size // block, dtype=jnp.int32)))
-    return tuple(o.leave(result) for o, result in zip(homes, results, strict=True))
+    whole: Any = jax.tree.structure(states)
+    return whole.unflatten([o.leave(result) for o, result in zip(homes, results, strict=True)])
 
 
 class _Outside:
@@ -187,19 +185,55 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
         problem, residuals = with_fixed(keys[0], (problem, residuals))
         return (problem, with_moving(keys[1], directions), *residuals)
 
+    has_both = [not _is_one(leaf.shape[axis]) and not _is_one(leaf.shape[S_axis]) for leaf in jax.tree.leaves(operands)]
+
     def row(operands: Any, keys: Any, order: Any, kinds: Any) -> Any:
+        # What has rows and keys is cut here, row by row; what has keys alone was cut before, once for all rows.
+        both = iter(has_both)
+        own_keys, with_own = _split(operands, lambda leaf: _cut(leaf, S_axis, blocks[S_axis]) if next(both) else None)
+        if order is not None:
+            own_keys = jax.tree.map(lambda pieces: pieces[order], own_keys)
         if order is not None and not visits.banded:
             keys = jax.tree.map(lambda pieces: pieces[order], keys)
-        return run(blocks, operands, keys, with_keys, order, kinds)
+        return run(blocks, operands, (own_keys, keys), lambda x, k: with_keys(with_own(k[0], x), k[1]), order, kinds)
 
     if isinstance(size, int) and size == block:
         first = [None if x is None else x[0] for x in (visits.order, visits.kinds)]
         return row(operands, jax.tree.map(lambda k: k[first[0]], keys) if visits.banded else keys, *first)
     band = jax.tree.map(lambda pieces: pieces[visits.order], keys) if visits.banded else None
-    pieces, together = _split(operands, lambda leaf: _cut(leaf, axis, block))
-    rows = _forget(lambda x: row(together(x[0]), x[1] if visits.banded else keys, *x[2:]))
-    results = lax.map(rows, (pieces, band, visits.order, visits.kinds))
-    return jax.tree.map(lambda result: _join(result, axis, size), results)
+
+    def stays(leaf: jax.Array) -> bool:
+        return not _is_one(leaf.shape[axis]) and not _is_one(leaf.shape[S_axis]) and leaf.size != 0
+
+    # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
+    outside = max(axis - 2, 0)
+
+    def cut(leaf: jax.Array) -> Cut | None:
+        return _cut(move(leaf, axis, outside), outside, block, lambda piece: move(piece, outside, axis))
+
+    # What has rows and keys stays where it is and is sliced: cutting it might copy something T x S.
+    fixed, with_fixed_rows = _split((problem, residuals), lambda leaf: None if stays(leaf) else cut(leaf))
+    moving, with_moving_rows = _split(directions, cut)
+
+    def rows(x: Any) -> Any:
+        i, fixed, moving, band, order, kinds = x
+        problem, residuals = jax.tree.map(
+            lambda leaf: _rows_at(leaf, axis, i * block, block) if stays(leaf) else leaf, with_fixed_rows(fixed)
+        )
+        results = row((problem, with_moving_rows(moving), *residuals), band if visits.banded else keys, order, kinds)
+        return jax.tree.map(lambda result: move(result, axis, outside), results)
+
+    index = jnp.arange(-(-size // block), dtype=jnp.int32)
+    results = lax.map(_forget(rows), (index, fixed, moving, band, visits.order, visits.kinds))
+    return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
+
+
+def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
+    """The block of rows at `start`; where the last one ends behind the array, it is filled up with anything."""
+    rows = lax.dynamic_slice_in_dim(leaf, start, block, axis)
+    if not _is_ragged(leaf.shape[axis], block):
+        return rows
+    return jnp.roll(rows, jnp.minimum(leaf.shape[axis] - block - start, 0), axis)  # the slice was held back to fit
 
 
 def _pad(leaf: jax.Array, axis: int | None, block: int) -> jax.Array:
@@ -214,7 +248,6 @@ def _tile(
     visits: "Visits",
     start: Callable,
     step: Callable,
-    finish: Callable,
     blocks: tuple[int, ...],
     operands: Any,
     keys: Any,
@@ -224,8 +257,10 @@ def _tile(
 ) -> Any:
     """Runs over the blocks of keys that one block of rows and heads visits."""
     axis, block = len(blocks) - 1, blocks[-1]
-    if kinds is None:
-        kinds = _kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0]
+    if order is None:
+        order = jnp.arange(-(-visits.S // block), dtype=jnp.int32)
+    if kinds is None and len(visits.present) > 1:
+        kinds = jnp.asarray(_kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0])[order]
 
     def keep(problem: Problem, j: jax.Array) -> jax.Array:
         keep = problem.mask(problem.q_pos, problem.kv_pos)
@@ -242,20 +277,27 @@ def _tile(
     branches = [every[kind] for kind in visits.present]
 
     def visit(state: Any, x: Any) -> Any:
-        piece, keys, j, kind = x
-        operands = with_keys(together(piece), keys)
+        keys, j, kind = x
+        here = with_keys(operands, keys)
         if len(branches) == 1:
-            return branches[0](state, j, operands), None
-        return lax.switch(kind, branches, state, j, operands), None
+            return branches[0](state, j, here), None
+        return lax.switch(kind, branches, state, j, here), None
 
-    # What has rows and keys is cut here; what has keys alone was cut before, once for all rows.
-    pieces, together = _split(operands, lambda leaf: None if _is_one(leaf.shape[axis - 1]) else _cut(leaf, axis, block))
-    if order is None:
-        order = jnp.arange(kinds.shape[0], dtype=jnp.int32)
-    else:
-        pieces = jax.tree.map(lambda piece: piece[order], pieces)
-    state, _ = lax.scan(_forget(visit), start(*operands), (pieces, keys, order, kinds))
-    return finish(state, *operands)
+    state, _ = lax.scan(_forget(visit), _varying(start(*operands), operands[0]), (keys, order, kinds))
+    return _with_keys_axis(state, axis)
+
+
+def _with_keys_axis(states: Any, S_axis: int) -> Any:
+    """Gives states `[*B, K, G, T, ...]` the axis S that everything else has, of 1."""
+    return jax.tree.map(lambda state: jnp.expand_dims(state, S_axis), states)
+
+
+def _varying(states: Any, problem: Problem) -> Any:
+    """Under `shard_map`: says that states differ between devices wherever the problem does, as a loop wants to know."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return states
+    never = functools.reduce(jnp.logical_or, [(leaf != leaf).any() & False for leaf in jax.tree.leaves(problem)])
+    return jax.tree.map(lambda state: jnp.where(never, jnp.zeros_like(state), state), states)
 
 
 class Visits(NamedTuple):
@@ -271,14 +313,21 @@ class Visits(NamedTuple):
 def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
     S = problem.sizes[-1]
     kinds = _static_kinds(problem.mask, plan, problem.sizes)
+    decided = kinds is not None
+    if not decided:
+        kinds = _static_kinds(masks.known(problem.mask), plan, problem.sizes)
+        # To agree on a block, examples and heads on different devices would have to ask each other.
+        decided = jax.device_count() > 1 and any(block != 1 for block in plan.blocks[:-3])
     if kinds is None:
-        return Visits(None, None, (EMPTY, PARTIAL, FULL), False, S)
+        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), False, S)
     (nq, nk), order, banded = kinds.shape, None, False
     width = int((kinds != EMPTY).sum(1).max(initial=0))
     if width < nk:
         order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
         kinds = np.take_along_axis(kinds, order, axis=1)
         banded = band and nq * width <= 4 * nk
+    if not decided:
+        return Visits(order, None, (EMPTY, PARTIAL, FULL), banded, S)
     # Where there is no block at all the loop is traced still, so it wants a branch.
     present = tuple(sorted({int(kind) for kind in kinds.flat})) or (EMPTY,)
     return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, banded, S)

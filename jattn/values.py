@@ -100,6 +100,8 @@ def _lay_out(array: Array, own_axes: str, sizes: tuple[int, ...], name: str) -> 
             f"{name} must be [{wanted}] with batch dims ...={tuple(batch)}{heads}; got shape {np.shape(array)}"
         )
     heads_first = (1, 1) if own.get("N", 1) == 1 else (K, G)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(np.int32)  # as positions are
     return array.reshape((*lead, *heads_first, own.get("T", 1), own.get("S", 1)))
 
 
@@ -119,9 +121,20 @@ def _same(mine: Any, other: Any) -> bool:
 
 
 def _show(field: Any) -> str:
-    if hasattr(field, "shape") and hasattr(field, "dtype"):
-        return f"{field.dtype}{list(field.shape)}"
-    return getattr(field, "__name__", None) or repr(field)
+    if callable(field) and not isinstance(field, Value):
+        return getattr(field, "__name__", None) or repr(field)
+    return repr(jax.tree.map(_Shown, field, is_leaf=lambda leaf: isinstance(leaf, Value)))
+
+
+class _Shown:
+    """Prints a field, and an array by its dtype and shape."""
+
+    def __init__(self, field: Any) -> None:
+        self.field = field
+
+    def __repr__(self) -> str:
+        array = hasattr(self.field, "shape") and hasattr(self.field, "dtype")
+        return f"{self.field.dtype}{list(self.field.shape)}" if array else repr(self.field)
 
 
 class Interval:

@@ -400,7 +400,8 @@ def dropout_multiplier(case: Case) -> np.ndarray | None:
     if not case.dropout:
         return None
     q, k = (np.zeros_like(a, np.float32) for a in inputs(case)[:2])
-    weights = jattn.attention_weights(q, k, dropout=options(case)["dropout"])
+    with jax.ensure_compile_time_eval():  # the oracle may be asked within a trace
+        weights = jattn.attention_weights(q, k, dropout=options(case)["dropout"])
     return np.where(np.asarray(weights) > 0, 1 / (1 - case.dropout), 0.0)
 
 

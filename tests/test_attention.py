@@ -323,3 +323,20 @@ def test_same_inputs_same_bits():
 
         first, again = pull(*arguments(case)), pull(*arguments(case))
         jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@pytest.mark.parametrize("blocks", [(1, 3), (13, 1), (1, 64), (5, None), (64, 64)], ids=str)
+@pytest.mark.parametrize("name", ["bias", "dense", "packed", "relative"])
+def test_block_sizes_do_not_change_the_answer(name, blocks):
+    case = CASES[name]
+
+    def answer(implementation):
+        def f(*args):
+            chosen = cases.options(case, args[3])
+            return jattn.attention_with_lse(*args[:3], implementation=implementation, **chosen)
+
+        tangents, cotangents = directions(case)
+        out, vjp = jax.vjp(f, *arguments(case))
+        return out, vjp(cotangents), jax.jvp(f, arguments(case), tangents)[1]
+
+    chex.assert_trees_all_close(answer(jattn.Blockwise(*blocks)), answer("dense"), rtol=2e-5, atol=2e-5)

@@ -93,7 +93,7 @@ def test_no_module_bears_the_name_of_a_public_function():
 
 def test_the_library_stays_small():
     lines = {name: len((PACKAGE / f"{name}.py").read_text().splitlines()) for name in FILES}
-    assert sum(lines.values()) <= 3500, lines
+    assert sum(lines.values()) <= 4000, lines
 
 
 def test_an_import_adds_the_library_and_little_else():
