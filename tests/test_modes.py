@@ -24,7 +24,7 @@ def judge(mode: str, p: problems.Problem):
         return problems.assert_close(actual, exact, tol=1e-12)
     plain = problems.run(MODES[mode], p.naive, p)
     for a, e, x in zip(*map(jax.tree.leaves, (actual, exact, plain)), strict=True):
-        reference.assert_within_budget(a, e, x)
+        reference.assert_within_budget(a, e, x, slack=4)
 
 
 def with_modes(points):
