@@ -269,19 +269,22 @@ def _tile(
             keep = keep & (index < visits.S)
         return jnp.broadcast_to(keep, problem.sizes)
 
-    every = {
-        EMPTY: lambda state, j, block: state,
-        PARTIAL: _forget(lambda state, j, block: step(state, keep(block[0], j), *block)),
-        FULL: _forget(lambda state, j, block: step(state, None, *block)),
-    }
+    def partial(state: Any, j: jax.Array, operands: Any, keys: Any) -> Any:
+        here = with_keys(operands, keys)
+        return step(state, keep(here[0], j), *here)
+
+    def full(state: Any, j: jax.Array, operands: Any, keys: Any) -> Any:
+        return step(state, None, *with_keys(operands, keys))
+
+    # Keys are put in place within the branches, so that how directions travel reaches the products.
+    every = {EMPTY: lambda state, *_: state, PARTIAL: _forget(partial), FULL: _forget(full)}
     branches = [every[kind] for kind in visits.present]
 
     def visit(state: Any, x: Any) -> Any:
         keys, j, kind = x
-        here = with_keys(operands, keys)
         if len(branches) == 1:
-            return branches[0](state, j, here), None
-        return lax.switch(kind, branches, state, j, here), None
+            return branches[0](state, j, operands, keys), None
+        return lax.switch(kind, branches, state, j, operands, keys), None
 
     state, _ = lax.scan(_forget(visit), _varying(start(*operands), operands[0]), (keys, order, kinds))
     return _with_keys_axis(state, axis)
