@@ -49,6 +49,8 @@ def _optional(module: str) -> Any:
 
 
 def _jattn(case, q, k, v, data, *, implementation):
+    if implementation is None and case.head_major:
+        implementation = "dense"  # as the docstring of attention says to such callers
     return jattn.attention(q, k, v, **_jattn_options(case, data), implementation=implementation)
 
 

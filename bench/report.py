@@ -19,7 +19,8 @@ ratio is the median over the rounds of the ratio within a round. Arrays are on t
 for its result. `of GEMM` is FLOP/s of the admitted pairs over XLA's own matrix product (float32 on a CPU), `of read` is
 bytes of keys and values per second over a plain sum of as many, both timed in the same loop. After `·` stands jattn's
 time as a share of that peer's: **bold** is where jattn loses. torch gets its own layout [B, N, T, H] and ready-made
-masks; its jvp and hvp are its math backend's. `head-major` is a caller who keeps keys and values as [B, K, S, H]."""
+masks; its jvp and hvp are its math backend's. `head-major` is a caller who keeps keys and values as [B, K, S, H]; there
+jattn is asked for `implementation="dense"`, as its docstring advises."""
 
 
 class Result(NamedTuple):

@@ -161,7 +161,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
 
 # Rows, keys and the time for one score, relative, as measured on a CPU; large blocks run faster and skip less.
 _CANDIDATES = ((512, 1024, 1.0), (512, 512, 1.06), (256, 256, 1.35), (128, 128, 1.8))
-_MIDDLING = 2
+_MIDDLING = 1
 _A_VISIT = 2**12  # the time for a block that is visited, in scores
 _IN_CACHE = 2**19  # scores
 

@@ -55,7 +55,9 @@ def attention(
       q_positions: `[..., T]` int positions of the queries, in place of `q_offset`.
       kv_positions: `[..., S]` int positions of the keys. None: 0, 1, ...
       dropout: a `jattn.Dropout`, or None.
-      implementation: "dense", "blockwise" or a `jattn.Blockwise` with block sizes. None chooses; `explain` tells.
+      implementation: "dense", "blockwise" or a `jattn.Blockwise` with block sizes. None chooses; `explain` tells. For
+        few queries against a cache that lies in memory as `[..., K, S, H]`, "dense" is the better choice on a CPU,
+        because it need not move the keys; tracing cannot see how they lie.
 
     Returns:
       `[..., T, N, V]` in the dtype of the query.
@@ -357,7 +359,8 @@ def _why_dense(sizes: tuple[int, ...], H: int) -> str | None:
     count = int(np.prod(sizes, dtype=float))
     if count <= FEW_SCORES:
         return f"{count} scores in all, at most {FEW_SCORES}"
-    if G * T <= H and 16 * T <= S:
+    # On a CPU XLA transposes all keys for that, which takes longer than taking the heads one by one.
+    if G * T <= H and 16 * T <= S and jax.default_backend() != "cpu":
         return f"few queries for many keys: the scores, G*T={G * T} for each key, take no more room than keys of H={H}"
     return None
 

@@ -156,13 +156,15 @@ def lay_out(
 
 
 def move(array: jax.Array, source: int, destination: int) -> jax.Array:
-    """`jnp.moveaxis` with the axes of 1 left out of the transpose.
+    """`jnp.moveaxis` with the axes of 1 left out of the transpose, except those in front of it (the batch).
 
-    XLA drops a transpose that undoes the one before it, but not across axes of 1, and for those alone it would copy.
+    XLA drops a transpose that undoes the one before it, the caller's too, but not across axes of 1 that come between.
     """
+    source, destination = source % array.ndim, destination % array.ndim
     order = list(range(array.ndim))
-    order.insert(destination % array.ndim, order.pop(source % array.ndim))
-    bare = [axis for axis, size in enumerate(array.shape) if not (isinstance(size, int) and size == 1)]
+    order.insert(destination, order.pop(source))
+    front = min(source, destination)
+    bare = [a for a, size in enumerate(array.shape) if a < front or not (isinstance(size, int) and size == 1)]
     permutation = [bare.index(axis) for axis in order if axis in bare]
     array_bare = array.reshape([array.shape[axis] for axis in bare])
     if permutation != sorted(permutation):
