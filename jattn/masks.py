@@ -12,7 +12,8 @@ whether a whole block is empty, full or partial, without looking inside.
 
 Arrays that masks carry have the batch dims in front, aligned right; with one more leading dim than the batch has, that
 dim is the heads. Every array is dynamic: new arrays do not recompile. Every int is static: blocks are decided while
-tracing.
+tracing. Under `vmap` over an array that a mask carries, examples cannot skip blocks one by one, and none is skipped:
+give the batch as leading dims instead, and they do.
 """
 
 import math

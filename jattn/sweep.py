@@ -185,12 +185,15 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
         problem, residuals = with_fixed(keys[0], (problem, residuals))
         return (problem, with_moving(keys[1], directions), *residuals)
 
-    has_both = [not _is_one(leaf.shape[axis]) and not _is_one(leaf.shape[S_axis]) for leaf in jax.tree.leaves(operands)]
+    def has_both(leaf: jax.Array) -> bool:
+        return not _is_one(leaf.shape[axis]) and not _is_one(leaf.shape[S_axis])
+
+    both = [has_both(leaf) for leaf in jax.tree.leaves(operands)]
 
     def row(operands: Any, keys: Any, order: Any, kinds: Any) -> Any:
         # What has rows and keys is cut here, row by row; what has keys alone was cut before, once for all rows.
-        both = iter(has_both)
-        own_keys, with_own = _split(operands, lambda leaf: _cut(leaf, S_axis, blocks[S_axis]) if next(both) else None)
+        also = iter(both)
+        own_keys, with_own = _split(operands, lambda leaf: _cut(leaf, S_axis, blocks[S_axis]) if next(also) else None)
         if order is not None:
             own_keys = jax.tree.map(lambda pieces: pieces[order], own_keys)
         if order is not None and not visits.banded:
@@ -203,7 +206,7 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
     band = jax.tree.map(lambda pieces: pieces[visits.order], keys) if visits.banded else None
 
     def stays(leaf: jax.Array) -> bool:
-        return not _is_one(leaf.shape[axis]) and not _is_one(leaf.shape[S_axis]) and leaf.size != 0
+        return has_both(leaf) and leaf.size != 0
 
     # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
     outside = max(axis - 2, 0)
