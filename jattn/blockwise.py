@@ -153,6 +153,9 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
         sharded = devices > 1 and isinstance(size, int) and math.gcd(size, devices) > 1
         if not looping or sharded:
             blocks.append(size)
+        elif not isinstance(size, int):
+            blocks.append(1)
+            room = 1
         else:
             blocks.append(max(d for d in range(1, max(min(room, size), 1) + 1) if size % d == 0))
             room = room // blocks[-1] if blocks[-1] == size else 1

@@ -155,7 +155,7 @@ def attention_weights(
       `[..., N, T, S]`, or `[..., N, R, S]`, in float32 or wider.
 
     Raises:
-      ValueError, TypeError: as in `attention`; ValueError for rows out of range.
+      ValueError, TypeError: as in `attention`; ValueError for rows out of range, if they are known.
     """
     problem = lay_out(
         query,
@@ -282,7 +282,7 @@ class Explanation(NamedTuple):
 def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **options: Any) -> Explanation:
     """Tells what `attention` would run for the same arguments, without running it.
 
-        flops = 2 B N (H + V) Σ (scores in blocks that are not empty)
+        flops ≈ 2 B N (H + V) T S (share of blocks that are not empty)
 
     Args:
       query, key, value and all others: as in `attention`, each array an array or a `jax.ShapeDtypeStruct`.
@@ -374,7 +374,7 @@ def _reasons(sizes: tuple[int, ...], H: int, chosen: tuple[int, ...] | None, imp
         return {"dense": f"taken: {_why_dense(sizes, H)}", "blockwise": "not taken: a loop gains nothing here"}
     scores = 4 * np.prod(sizes, dtype=float) / 2**20
     return {
-        "blockwise": "taken: memory stays linear, and blocks that the mask empties are skipped",
+        "blockwise": "taken: memory stays linear, and blocks known to be empty are skipped",
         "dense": f"not taken: it would hold {scores:.1f} MiB of scores or more",
     }
 

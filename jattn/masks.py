@@ -12,8 +12,9 @@ whether a whole block is empty, full or partial, without looking inside.
 
 Arrays that masks carry have the batch dims in front, aligned right; with one more leading dim than the batch has, that
 dim is the heads. Every array is dynamic: new arrays do not recompile. Every int is static: blocks are decided while
-tracing. Under `vmap` over an array that a mask carries, examples cannot skip blocks one by one, and none is skipped:
-give the batch as leading dims instead, and they do.
+tracing. Blocks that arrays decide are skipped while running, where examples and heads are gone through one by one: on a
+CPU, and not under `vmap` over such an array (give the batch as leading dims instead). Several devices would have to
+agree on them, so there they are masked instead.
 """
 
 import math
@@ -368,7 +369,7 @@ class Function(Mask):
         allowed = self.fn(q_pos, kv_pos, *jax.tree.map(lambda a: a.reshape(a.shape[q_pos.ndim :]), self.args))
         if jnp.result_type(allowed) != jnp.bool_:
             raise TypeError(f"Function mask {_name(self.fn)} must return booleans, got {jnp.result_type(allowed)}")
-        return allowed
+        return jnp.asarray(allowed)
 
 
 class And(Mask):

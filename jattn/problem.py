@@ -47,16 +47,13 @@ class Problem(NamedTuple):
         """(*B, K, G, T, S)"""
         return (*self.q.shape[:-2], self.k.shape[-2])
 
-    def with_positions(self, xp: Any = jnp) -> "Problem":
+    def with_positions(self) -> "Problem":
         """Returns the problem with its positions as arrays."""
         T, S = self.sizes[-2:]
         ones = (1,) * (self.q.ndim - 3)
         q_pos = self.q_pos.array(T).reshape((*ones, T, 1)) if isinstance(self.q_pos, Range) else self.q_pos
         kv_pos = self.kv_pos.array(S).reshape((*ones, 1, S)) if isinstance(self.kv_pos, Range) else self.kv_pos
-        return self._replace(
-            q_pos=xp.asarray(q_pos) if isinstance(q_pos, np.ndarray) else q_pos,
-            kv_pos=xp.asarray(kv_pos) if isinstance(kv_pos, np.ndarray) else kv_pos,
-        )
+        return self._replace(q_pos=jnp.asarray(q_pos), kv_pos=jnp.asarray(kv_pos))
 
     def keep(self) -> jax.Array | None:
         """Which scores count, `[*B, K, G, T, S]`; None for all."""
@@ -126,7 +123,7 @@ def lay_out(
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be a jattn.Dropout(rate, key) or None, got {dropout!r}")
     q_pos, kv_pos = _lay_out_positions(q_offset, q_positions, kv_positions, sizes)
-    if T != S and q_offset is None and q_positions is None and kv_positions is None:
+    if T != S and q_offset is None and q_positions is None:
         _refuse_to_guess(mask, modifiers, T, S)
     if H == 0 and scale is None:
         raise ValueError("scale=None is 1/sqrt(H), and query has H=0: give scale=")
@@ -201,7 +198,9 @@ def _lay_out_positions(
         fits = array.shape[array.ndim - len(own) :] == own and len(lead) <= len(batch)
         if not fits or any(d not in (1, b) for d, b in zip(lead[::-1], batch[::-1], strict=False)):
             raise ValueError(
-                f"{name} must be [{letters}] with ...={tuple(batch)} and {letters[-1]} = {own}, got shape {array.shape}"
+                f"{name} must be [{letters}] with ...={tuple(batch)}"
+                + (f" and {letters[-1]} = {own[0]}" if own else "")
+                + f", got shape {array.shape}"
             )
         return array.reshape((1,) * (len(batch) - len(lead)) + lead + (1, 1, *tail))
 

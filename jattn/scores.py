@@ -237,7 +237,8 @@ class Dropout(Value):
 
     `keep` is a pure function of (key, batch, head, query position, key position): the same in every implementation,
     at every block size, in the derivatives and under remat. It does not change the lse. Under `vmap` each example is
-    a batch of its own: map the key too if they shall differ.
+    a batch of its own: map the key too if they shall differ. So is each shard under `shard_map`: fold its index into
+    the key.
 
     Args:
       rate: a float, 0 <= rate < 1.

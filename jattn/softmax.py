@@ -31,7 +31,9 @@ def start(shape: tuple[int, ...], V: int, dtype: jnp.dtype, sink: jax.Array | No
     if sink is None:
         # The least finite number in place of -inf: -inf - -inf is nan, and it would trip jax_debug_infs.
         return Running(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype), o)
-    return Running(jnp.broadcast_to(sink.astype(dtype), shape), jnp.ones(shape, dtype), o)
+    sink = jnp.broadcast_to(sink.astype(dtype), shape)
+    m = lax.stop_gradient(jnp.maximum(sink, jnp.finfo(dtype).min))  # a sink of -inf is none
+    return Running(m, jnp.exp(sink - m), o)
 
 
 def update(
@@ -118,7 +120,7 @@ def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.
             )
     dtype = checks.wide(*outs, *lses)
     stacked = jnp.stack(lses).astype(dtype)
-    live = stacked > -jnp.inf
+    live = stacked != -jnp.inf
     # The double where: an lse of -inf must not reach the exponential, or its gradient is nan.
     finite = jnp.where(live, stacked, 0)
     m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))

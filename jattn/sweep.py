@@ -190,7 +190,7 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
 
     both = [has_both(leaf) for leaf in jax.tree.leaves(operands)]
 
-    def row(operands: Any, keys: Any, order: Any, kinds: Any) -> Any:
+    def row(operands: Any, keys: Any, order: Any, kinds: Any, live: jax.Array | None = None) -> Any:
         # What has rows and keys is cut here, row by row; what has keys alone was cut before, once for all rows.
         also = iter(both)
         own_keys, with_own = _split(operands, lambda leaf: _cut(leaf, S_axis, blocks[S_axis]) if next(also) else None)
@@ -198,7 +198,8 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
             own_keys = jax.tree.map(lambda pieces: pieces[order], own_keys)
         if order is not None and not visits.banded:
             keys = jax.tree.map(lambda pieces: pieces[order], keys)
-        return run(blocks, operands, (own_keys, keys), lambda x, k: with_keys(with_own(k[0], x), k[1]), order, kinds)
+        together = lambda operands, keys: with_keys(with_own(keys[0], operands), keys[1])  # noqa: E731
+        return run(blocks, operands, (own_keys, keys), together, Row(order, kinds, live))
 
     if isinstance(size, int) and size == block:
         first = [None if x is None else x[0] for x in (visits.order, visits.kinds)]
@@ -223,7 +224,9 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
         problem, residuals = jax.tree.map(
             lambda leaf: _rows_at(leaf, axis, i * block, block) if stays(leaf) else leaf, with_fixed_rows(fixed)
         )
-        results = row((problem, with_moving_rows(moving), *residuals), band if visits.banded else keys, order, kinds)
+        live = size - i * block if _is_ragged(size, block) else None
+        operands = (problem, with_moving_rows(moving), *residuals)
+        results = row(operands, band if visits.banded else keys, order, kinds, live)
         return jax.tree.map(lambda result: move(result, axis, outside), results)
 
     index = jnp.arange(-(-size // block), dtype=jnp.int32)
@@ -239,12 +242,14 @@ def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Ar
     return jnp.roll(rows, jnp.minimum(leaf.shape[axis] - block - start, 0), axis)  # the slice was held back to fit
 
 
-def _pad(leaf: jax.Array, axis: int | None, block: int) -> jax.Array:
-    """Fills up the last block along `axis` with 0; an axis of 1 stays."""
-    if axis is None or leaf.shape[axis] == 1 or not _is_ragged(leaf.shape[axis], block):
+def _pad(leaf: jax.Array, axis: int, block: int) -> jax.Array:
+    """Fills up the last block along `axis`: with 0, but positions and ids with the last, so that blocks stay narrow."""
+    if not _is_ragged(leaf.shape[axis], block):
         return leaf
     short = -(-leaf.shape[axis] // block) * block - leaf.shape[axis]
-    return jnp.pad(leaf, [(0, short if a == axis else 0) for a in range(leaf.ndim)])
+    widths = [(0, short if a == axis else 0) for a in range(leaf.ndim)]
+    narrow = jnp.issubdtype(leaf.dtype, jnp.signedinteger) and leaf.shape[axis] != 0
+    return jnp.pad(leaf, widths, mode="edge") if narrow else jnp.pad(leaf, widths)
 
 
 def _tile(
@@ -255,11 +260,10 @@ def _tile(
     operands: Any,
     keys: Any,
     with_keys: Callable,
-    order: Any,
-    kinds: Any,
+    row: "Row",
 ) -> Any:
     """Runs over the blocks of keys that one block of rows and heads visits."""
-    axis, block = len(blocks) - 1, blocks[-1]
+    axis, block, (order, kinds, live) = len(blocks) - 1, blocks[-1], row
     if order is None:
         order = jnp.arange(-(-visits.S // block), dtype=jnp.int32)
     if kinds is None and len(visits.present) > 1:
@@ -270,6 +274,9 @@ def _tile(
         if _is_ragged(visits.S, block):
             index = (j * block + jnp.arange(block, dtype=jnp.int32)).reshape((1,) * axis + (block,))
             keep = keep & (index < visits.S)
+        if live is not None:  # what fills up the last rows asks nothing, so that it cannot let a NaN in
+            index = jnp.arange(blocks[-2], dtype=jnp.int32).reshape((1,) * (axis - 1) + (blocks[-2], 1))
+            keep = keep & (index < live)
         return jnp.broadcast_to(keep, problem.sizes)
 
     def partial(state: Any, j: jax.Array, operands: Any, keys: Any) -> Any:
@@ -304,6 +311,14 @@ def _varying(states: Any, problem: Problem) -> Any:
         return states
     never = functools.reduce(jnp.logical_or, [(leaf != leaf).any() & False for leaf in jax.tree.leaves(problem)])
     return jax.tree.map(lambda state: jnp.where(never, jnp.zeros_like(state), state), states)
+
+
+class Row(NamedTuple):
+    """What one block of rows visits."""
+
+    order: Any  # [width]  the blocks of keys; None: all, in their order
+    kinds: Any  # [width]  what each is, as an index of `present`; None: arrays decide
+    live: jax.Array | None  # how many rows are no padding; None: all
 
 
 class Visits(NamedTuple):
@@ -342,10 +357,9 @@ def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
 def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
     T, S = sizes[-2:]
     q_range, kv_range = (Range(0), Range(0)) if isinstance(mask, masks.Full) else (plan.q_range, plan.kv_range)
-    if q_range is None or kv_range is None or not (isinstance(T, int) and isinstance(S, int)):
+    if q_range is None or kv_range is None or not (isinstance(T, int) and isinstance(S, int)) or jax.tree.leaves(mask):
         return None
-    kinds = _kinds(mask, q_range.array(T)[:, None], kv_range.array(S)[None, :], plan.blocks)
-    return kinds if isinstance(kinds, np.ndarray) else None
+    return _kinds(mask, q_range.array(T)[:, None], kv_range.array(S)[None, :], plan.blocks)
 
 
 def _kinds(mask: masks.Mask, q_pos: Any, kv_pos: Any, blocks: tuple[int, ...]) -> Any:
@@ -420,9 +434,9 @@ def _payload_first(cut: Cut | None, has_payload: bool) -> Cut | None:
     return Cut(jnp.swapaxes(cut.pieces, -1, -2), lambda piece: cut.restore(jnp.swapaxes(piece, -1, -2)))
 
 
-def _join(pieces: jax.Array, axis: int, size: int | None = None) -> jax.Array:
+def _join(pieces: jax.Array, axis: int, size: int) -> jax.Array:
     """Undoes `_cut`: `[pieces, ..., block, ...]` to `[..., size, ...]`."""
     joined = move(pieces, 0, axis)
     shape = joined.shape
     joined = joined.reshape((*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
-    return joined if size is None else lax.slice_in_dim(joined, 0, size, axis=axis)
+    return lax.slice_in_dim(joined, 0, size, axis=axis)

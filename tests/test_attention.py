@@ -340,3 +340,64 @@ def test_block_sizes_do_not_change_the_answer(name, blocks):
         return out, vjp(cotangents), jax.jvp(f, arguments(case), tangents)[1]
 
     chex.assert_trees_all_close(answer(jattn.Blockwise(*blocks)), answer("dense"), rtol=2e-5, atol=2e-5)
+
+
+def few(T, S, heads=1):
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.normal(size=(n, heads, 4)), jnp.float32) for n in (T, S, S))
+
+
+@pytest.mark.parametrize(
+    ("T", "blocks", "unseen", "options"),
+    [
+        (3, (2, 5), slice(3, 5), dict(mask=masks.Segments(np.int32([1, 1, 2]), np.int32([1, 1, 2, 0, 0, 1, 1, 1])))),
+        (3, (2, 8), slice(0, 1), dict(mask=masks.Window(1, 0), q_offset=4)),
+        (3, (2, 8), slice(3, 5), dict(mask=masks.Dense(np.arange(8) % 8 // 2 != 2) & ~masks.Prefix(4), q_offset=4)),
+    ],
+)
+def test_rows_that_fill_up_the_last_block_let_no_nan_in(T, blocks, unseen, options):
+    q, k, v = few(T, 8)
+    k, v = (x.at[unseen].set(jnp.nan) for x in (k, v))
+
+    def everything(implementation):
+        f = functools.partial(jattn.attention, implementation=implementation, **options)
+        return f(q, k, v), jax.grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1, 2))(q, k, v)
+
+    blockwise = everything(jattn.Blockwise(*blocks))
+    chex.assert_tree_all_finite(blockwise)
+    chex.assert_trees_all_close(blockwise, everything("dense"), rtol=1e-5, atol=1e-5)
+
+
+@every_implementation
+def test_a_sink_of_minus_infinity_is_none(implementation):
+    q, k, v = few(4, 4)
+
+    def f(logits):
+        chosen = dict(mask=masks.Lengths(q=2), scores=(jattn.scores.Sink(logits),), implementation=implementation)
+        return jattn.attention(q, k, v, **chosen)
+
+    none = jnp.array([-jnp.inf])
+    without = jattn.attention(q, k, v, mask=masks.Lengths(q=2), implementation=implementation)
+    np.testing.assert_allclose(f(none), without, rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda s: jnp.sin(f(s)).sum())(none), [0.0])
+
+
+def test_positions_of_keys_do_not_say_where_the_queries_stand():
+    q, k, v = few(1, 4)
+    with pytest.raises(ValueError, match="q_offset"):
+        jattn.attention(q, k, v, mask=masks.Causal(), kv_positions=np.arange(4))
+
+
+def test_a_symbolic_batch_of_short_sequences():
+    b, *_ = jax.export.symbolic_shape("b")
+    spec = jax.ShapeDtypeStruct((b, 256, 1, 8), jnp.float32)
+    exported = jax.export.export(jax.jit(jattn.attention))(spec, spec, spec)
+    q = np.random.default_rng(0).normal(size=(3, 256, 1, 8)).astype(np.float32)
+    np.testing.assert_allclose(exported.call(q, q, q), jattn.attention(q, q, q), rtol=1e-5, atol=1e-6)
+
+
+@every_implementation
+def test_a_batch_of_none(implementation):
+    x = jnp.ones((0, 4, 1, 8))
+    mask = masks.Lengths(kv=np.zeros(0, np.int32))
+    assert jattn.attention(x, x, x, mask=mask, implementation=implementation).shape == (0, 4, 1, 8)

@@ -478,3 +478,7 @@ def parts(mask):
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, masks.Mask):
                 yield from parts(part)
+
+
+def test_the_opposite_of_a_function_that_says_true_is_false():
+    assert not np.any((~masks.Function(lambda q_pos, kv_pos: True)).to_array(2, 2))

@@ -215,3 +215,8 @@ def test_many_parts_agree_with_functools_reduce():
     folded = functools.reduce(lambda a, b: jattn.merge([a, b]), parts)
     for x, y in zip(jattn.merge(parts), folded, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_an_lse_of_nan_is_not_taken_for_nothing():
+    out, lse = np.ones((1, 1, 1), np.float32), np.zeros((1, 1), np.float32)
+    assert np.isnan(jattn.merge([(out, lse), (out, lse * np.nan)])[1]).all()
