@@ -77,13 +77,13 @@ def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
 @jax.jit
 def output(state: Running) -> jax.Array:
     """Returns out = o / l, `[..., T, V]`; 0 where no key was kept."""
-    return state.o / jnp.where(state.l > 0, state.l, 1)[..., None]
+    return state.o / jnp.where(state.l == 0, 1, state.l)[..., None]
 
 
 @jax.jit
 def log_sum_exp(state: Running) -> jax.Array:
     """Returns lse = m + log l, `[..., T]`; -inf where no key was kept."""
-    live = state.l > 0
+    live = state.l != 0  # and not > 0, which would take a nan for no key
     return jnp.where(live, state.m + jnp.log(jnp.where(live, state.l, 1)), -jnp.inf)
 
 
