@@ -31,7 +31,8 @@ class Blockwise:
     """Block sizes, for `implementation=`; None chooses. Results do not depend on them beyond rounding.
 
     Args:
-      block_q: queries in a block. block_kv: keys in a block.
+      block_q: queries in a block. block_kv: keys in a block. Where a mask leaves each block of queries few blocks of
+        keys, as a window does, they are taken at once.
     """
 
     block_q: int | None = None
@@ -138,13 +139,10 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     """
     *lead, G, T, S = problem.sizes
     candidates = [
-        (_block(T, chosen.block_q, max(rows // G, 16)), _block(S, chosen.block_kv, keys), unit)
-        for rows, keys, unit in _CANDIDATES
+        (_block(T, chosen.block_q, max(rows // G, 16)), _block(S, chosen.block_kv, keys)) for rows, keys in _CANDIDATES
     ]
+    block_q, block_kv = min(candidates, key=lambda candidate: _work(problem, *candidate))
     decided = sweep.static_kinds(problem, problem.sizes) is not None
-    # Where arrays decide which blocks are empty, middling ones skip well, and examples must not wait for each other.
-    best = min(candidates, key=lambda candidate: _work(problem, *candidate)) if decided else candidates[_MIDDLING]
-    block_q, block_kv, _ = best
     looping, devices = jax.default_backend() == "cpu", jax.device_count()
     one_block = block_q == T and block_kv == S
     room = _IN_CACHE // max(G * T * S, 1) if one_block and decided else 1
@@ -162,22 +160,28 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     return (*reversed(blocks), G, block_q, block_kv)
 
 
-# Rows, keys and the time for one score, relative, as measured on a CPU; large blocks run faster and skip less.
-_CANDIDATES = ((512, 1024, 1.0), (512, 512, 1.06), (256, 256, 1.35), (128, 128, 1.8))
-_MIDDLING = 1
-_A_VISIT = 2**12  # the time for a block that is visited, in scores
+# Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
+_CANDIDATES = ((512, 512), (512, 1024), (512, 256), (256, 256), (128, 128))
 _IN_CACHE = 2**19  # scores
 
 
-def _work(problem: Problem, block_q: int, block_kv: int, unit: float) -> float:
-    """The time to go through all blocks of one head, in scores."""
+def _work(problem: Problem, block_q: int, block_kv: int) -> float:
+    """The time to go through all blocks of one head, in scores of a large block, as measured on a CPU.
+
+    A visit costs something in itself, and a score more in a small one, for there the products are slower, or where the
+    mask must be looked at.
+    """
     *_, G, T, S = problem.sizes
-    if -(-T // block_q) * -(-S // block_kv) > 2**20:
+    if not (isinstance(T, int) and isinstance(S, int)) or -(-T // block_q) * -(-S // block_kv) > 2**20:
         return math.inf
-    kinds = sweep.static_kinds(problem, (G, block_q, block_kv))
-    return (unit * G * block_q * block_kv + _A_VISIT) * float(
-        np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL)
-    )
+    blocks = (G, block_q, block_kv)
+    visits = sweep.visits_of(sweep.plan(problem, blocks), problem)
+    if visits.kinds is None:
+        return math.inf
+    scores = math.prod(blocks) * visits.together
+    a_score = 1 + 0.08 * max(math.log2(_IN_CACHE / max(scores, 1)), 0) ** 2
+    kinds = np.take(visits.present, visits.kinds)
+    return (scores * a_score + 2**12) * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))
 
 
 def _block(size: int, chosen: int | None, longest: int) -> int:

@@ -5,7 +5,7 @@ inside the loops is decided by what XLA does with it: it is said where it is don
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jattn import masks
 from jattn.problem import Problem, Range, move
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+_SCORES_AT_MOST = 2**20  # in a visit of several blocks
 
 
 class Plan(NamedTuple):
@@ -44,7 +45,7 @@ def sweep(plan: Plan, start: Callable, step: Callable, problem: Problem, directi
     """
     *batch_axes, K_axis, _, _, S_axis = range(len(plan.blocks))
     operands = (problem, directions, *residuals)
-    visits = _visits(plan, problem, band=bool(directions))
+    visits = visits_of(plan, problem)
     tile = functools.partial(_tile, visits, start, step)
     run = functools.partial(_without_lead, functools.partial(_by_rows, tile, visits), plan.blocks)
     run = functools.partial(_by_heads, run, start, K_axis, plan.blocks[K_axis])
@@ -167,71 +168,98 @@ def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
 
 def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands: Any) -> Any:
     """Runs over the blocks of rows, one after the other, with the blocks of keys that each visits."""
-    *_, axis, S_axis = range(len(blocks))
+    *_, axis, _ = range(len(blocks))
     size, block = operands[0].sizes[axis], blocks[axis]
-
-    def cut_keys(leaf: jax.Array) -> Cut | None:
-        return _cut(leaf, S_axis, blocks[S_axis]) if _is_one(leaf.shape[axis]) else None
-
-    # A gradient of keys is a product that sums over rows. XLA is four times faster at it when the result comes
-    # transposed, because then the narrow operand goes first; so that is how directions travel.
-    problem, directions, *residuals = operands
-    fixed_keys, with_fixed = _split((problem, residuals), cut_keys)
-    moving_keys, with_moving = _split(directions, lambda leaf: _payload_first(cut_keys(leaf), leaf.ndim > len(blocks)))
-    keys = (fixed_keys, moving_keys)
-
-    def with_keys(operands: Any, keys: Any) -> Any:
-        problem, directions, *residuals = operands
-        problem, residuals = with_fixed(keys[0], (problem, residuals))
-        return (problem, with_moving(keys[1], directions), *residuals)
-
-    def has_both(leaf: jax.Array) -> bool:
-        return not _is_one(leaf.shape[axis]) and not _is_one(leaf.shape[S_axis])
-
-    both = [has_both(leaf) for leaf in jax.tree.leaves(operands)]
-
-    def row(operands: Any, keys: Any, order: Any, kinds: Any, live: jax.Array | None = None) -> Any:
-        # What has rows and keys is cut here, row by row; what has keys alone was cut before, once for all rows.
-        also = iter(both)
-        own_keys, with_own = _split(operands, lambda leaf: _cut(leaf, S_axis, blocks[S_axis]) if next(also) else None)
-        if order is not None:
-            own_keys = jax.tree.map(lambda pieces: pieces[order], own_keys)
-        if order is not None and not visits.banded:
-            keys = jax.tree.map(lambda pieces: pieces[order], keys)
-        together = lambda operands, keys: with_keys(with_own(keys[0], operands), keys[1])  # noqa: E731
-        return run(blocks, operands, (own_keys, keys), together, Row(order, kinds, live))
-
+    roles = _roles(blocks, operands)
+    keys, row = _by_keys(run, visits, blocks, roles, operands)
     if isinstance(size, int) and size == block:
-        first = [None if x is None else x[0] for x in (visits.order, visits.kinds)]
-        return row(operands, jax.tree.map(lambda k: k[first[0]], keys) if visits.banded else keys, *first)
-    band = jax.tree.map(lambda pieces: pieces[visits.order], keys) if visits.banded else None
-
-    def stays(leaf: jax.Array) -> bool:
-        return has_both(leaf) and leaf.size != 0
-
+        keys, order, kinds = jax.tree.map(lambda of_rows: of_rows[0], (keys, visits.order, visits.kinds))
+        return row(operands, keys, Row(order, kinds, None))
     # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
     outside = max(axis - 2, 0)
 
-    def cut(leaf: jax.Array) -> Cut | None:
+    def cut(leaf: jax.Array, role: Role) -> Cut | None:
+        if role.rows and role.keys and not role.moving and leaf.size != 0:
+            # It stays where it is, because cutting it might copy something T x S.
+            return Cut(starts, lambda start: _rows_at(leaf, axis, start, block))
         return _cut(move(leaf, axis, outside), outside, block, lambda piece: move(piece, outside, axis))
 
-    # What has rows and keys stays where it is and is sliced: cutting it might copy something T x S.
-    fixed, with_fixed_rows = _split((problem, residuals), lambda leaf: None if stays(leaf) else cut(leaf))
-    moving, with_moving_rows = _split(directions, cut)
-
     def rows(x: Any) -> Any:
-        i, fixed, moving, band, order, kinds = x
-        problem, residuals = jax.tree.map(
-            lambda leaf: _rows_at(leaf, axis, i * block, block) if stays(leaf) else leaf, with_fixed_rows(fixed)
-        )
-        live = size - i * block if _is_ragged(size, block) else None
-        operands = (problem, with_moving_rows(moving), *residuals)
-        results = row(operands, band if visits.banded else keys, order, kinds, live)
+        start, piece, keys, order, kinds = x
+        live = size - start if _is_ragged(size, block) else None
+        results = row(together(piece), keys, Row(order, kinds, live))
         return jax.tree.map(lambda result: move(result, axis, outside), results)
 
-    index = jnp.arange(-(-size // block), dtype=jnp.int32)
-    results = lax.map(_forget(rows), (index, fixed, moving, band, visits.order, visits.kinds))
+    starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
+    pieces, together = _split(operands, cut, roles)
+    results = lax.map(_forget(rows), (starts, pieces, keys, visits.order, visits.kinds))
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
+
+
+class Role(NamedTuple):
+    """What a leaf of the operands has."""
+
+    rows: bool
+    keys: bool
+    moving: bool  # whether it is a direction
+
+
+def _roles(blocks: tuple[int, ...], operands: Any) -> list[Role]:
+    problem, directions, *residuals = operands
+    moving = [False] * len(jax.tree.leaves(problem)) + [True] * len(directions) + [False] * len(residuals)
+    shapes = [leaf.shape[len(blocks) - 2 :] for leaf in jax.tree.leaves(operands)]
+    return [Role(not _is_one(T), not _is_one(S), m) for (T, S, *_), m in zip(shapes, moving, strict=True)]
+
+
+def _by_keys(
+    run: Callable, visits: "Visits", blocks: tuple[int, ...], roles: list[Role], operands: Any
+) -> tuple[Any, Callable]:
+    """Cuts into blocks of keys what has no rows, once for all of them.
+
+    Returns:
+      what each block of rows is to be given of that, `[rows, ...]` (nothing if all are given the same), and a function
+      that runs over the blocks of keys that one block of rows visits.
+    """
+    S_axis, block = len(blocks) - 1, blocks[-1]
+
+    def cut(leaf: jax.Array, order: Any) -> Cut | None:
+        if visits.together > 1:
+            leaf = _take_blocks(leaf, S_axis, block, order)
+        return _cut(leaf, S_axis, block * visits.together)
+
+    def cut_shared(leaf: jax.Array, role: Role) -> Cut | None:
+        if role.rows or not role.keys:
+            return None
+        # A gradient of keys is a product that sums over rows. XLA is four times faster at it when the result comes
+        # transposed, because then the narrow operand goes first; so that is how directions travel.
+        payload = leaf.ndim > len(blocks)
+        return _payload_first(cut(leaf, visits.order)) if role.moving and payload else cut(leaf, visits.order)
+
+    shared, with_shared = _split(operands, cut_shared, roles)
+
+    def row(operands: Any, band: Any, row: Row) -> Any:
+        def cut_own(leaf: jax.Array, role: Role) -> Cut | None:
+            return cut(leaf, row.order) if role.rows and role.keys else None
+
+        own, with_own = _split(operands, cut_own, roles)
+        keys = (shared if band is None else jax.tree.map(lambda piece: piece[None], band), own)
+        if band is None and row.order is not None:
+            keys = jax.tree.map(lambda pieces: pieces[row.order[:, 0]], keys)
+        together = lambda operands, keys: with_shared(keys[0], with_own(keys[1], operands))  # noqa: E731
+        return run(blocks, operands, keys, together, row)
+
+    return shared if visits.together > 1 else None, row
+
+
+def _take_blocks(leaf: jax.Array, axis: int, block: int, order: Any) -> jax.Array:
+    """The blocks `order` of an axis, one after the other, the last padded; the leaf itself if the axis is 1."""
+    if _is_one(leaf.shape[axis]):
+        return leaf
+    leaf = _pad(leaf, axis, block)
+    shape = leaf.shape
+    blocks = leaf.reshape((*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :]))
+    taken = jnp.take(blocks, order.reshape(-1), axis=axis, mode="clip")
+    return taken.reshape((*shape[:axis], order.size * block, *shape[axis + 1 :]))
 
 
 def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
@@ -265,15 +293,15 @@ def _tile(
     """Runs over the blocks of keys that one block of rows and heads visits."""
     axis, block, (order, kinds, live) = len(blocks) - 1, blocks[-1], row
     if order is None:
-        order = jnp.arange(-(-visits.S // block), dtype=jnp.int32)
+        order = jnp.arange(-(-visits.S // block), dtype=jnp.int32)[:, None]
     if kinds is None and len(visits.present) > 1:
-        kinds = jnp.asarray(_kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0])[order]
+        kinds = jnp.asarray(_kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0])[order[:, 0]]
 
     def keep(problem: Problem, j: jax.Array) -> jax.Array:
         keep = problem.mask(problem.q_pos, problem.kv_pos)
         if _is_ragged(visits.S, block):
-            index = (j * block + jnp.arange(block, dtype=jnp.int32)).reshape((1,) * axis + (block,))
-            keep = keep & (index < visits.S)
+            index = j[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
+            keep = keep & (index.reshape((1,) * axis + (index.size,)) < visits.S)
         if live is not None:  # what fills up the last rows asks nothing, so that it cannot let a NaN in
             index = jnp.arange(blocks[-2], dtype=jnp.int32).reshape((1,) * (axis - 1) + (blocks[-2], 1))
             keep = keep & (index < live)
@@ -316,22 +344,23 @@ def _varying(states: Any, problem: Problem) -> Any:
 class Row(NamedTuple):
     """What one block of rows visits."""
 
-    order: Any  # [width]  the blocks of keys; None: all, in their order
-    kinds: Any  # [width]  what each is, as an index of `present`; None: arrays decide
+    order: Any  # [visits, together]  the blocks of keys; None: all, one by one
+    kinds: Any  # [visits]  what each visit is, as an index of `present`; None: arrays decide
     live: jax.Array | None  # how many rows are no padding; None: all
 
 
 class Visits(NamedTuple):
     """Which blocks of keys each block of rows visits, as far as is known while tracing."""
 
-    order: np.ndarray | None  # [rows, width]  the blocks; None: all, in their order
-    kinds: np.ndarray | None  # [rows, width]  what each is, as an index of `present`; None: arrays decide
+    order: np.ndarray | None  # [rows, visits, together]  the blocks; None: all, one by one
+    kinds: np.ndarray | None  # [rows, visits]  what each visit is, as an index of `present`; None: arrays decide
     present: tuple[int, ...]  # the kinds there are
-    banded: bool  # whether rows visit so few that gathering them beforehand costs little
+    together: int  # blocks taken in one visit
     S: int
 
 
-def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
+def visits_of(plan: Plan, problem: Problem) -> Visits:
+    """Returns what each block of rows visits."""
     S = problem.sizes[-1]
     kinds = _static_kinds(problem.mask, plan, problem.sizes)
     decided = kinds is not None
@@ -340,18 +369,27 @@ def _visits(plan: Plan, problem: Problem, *, band: bool) -> Visits:
         # To agree on a block, examples and heads on different devices would have to ask each other.
         decided = jax.device_count() > 1 and any(block != 1 for block in plan.blocks[:-3])
     if kinds is None:
-        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), False, S)
-    (nq, nk), order, banded = kinds.shape, None, False
-    width = int((kinds != EMPTY).sum(1).max(initial=0))
-    if width < nk:
+        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, S)
+    order, width = None, int((kinds != EMPTY).sum(1).max(initial=0))
+    if width < kinds.shape[1]:
         order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
         kinds = np.take_along_axis(kinds, order, axis=1)
-        banded = band and nq * width <= 4 * nk
+        if _is_band(plan.blocks, len(order), width, S):
+            kinds = np.where((kinds == FULL).all(1, keepdims=True) & decided, FULL, PARTIAL)
+            present = tuple(sorted({int(kind) for kind in kinds.flat}))
+            return Visits(order[:, None], np.searchsorted(present, kinds).astype(np.int32), present, width, S)
+        order = order[:, :, None]
     if not decided:
-        return Visits(order, None, (EMPTY, PARTIAL, FULL), banded, S)
+        return Visits(order, None, (EMPTY, PARTIAL, FULL), 1, S)
     # Where there is no block at all the loop is traced still, so it wants a branch.
     present = tuple(sorted({int(kind) for kind in kinds.flat})) or (EMPTY,)
-    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, banded, S)
+    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, 1, S)
+
+
+def _is_band(blocks: tuple[int, ...], rows: int, width: int, S: int) -> bool:
+    """Whether each block of rows visits so few that gathering them costs little, and that they make one block."""
+    *_, G, block_q, block_kv = blocks
+    return width > 0 and rows * width * block_kv <= 4 * S and G * block_q * width * block_kv <= _SCORES_AT_MOST
 
 
 def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
@@ -390,8 +428,11 @@ def _forget(f: Callable) -> Callable:
     return jax.checkpoint(f, prevent_cse=False)
 
 
-def _split(operands: Any, cut: Callable[[jax.Array], Any]) -> tuple[list[Any], Callable]:
+def _split(operands: Any, cut: Callable[..., Any], *more: Sequence[Any]) -> tuple[list[Any], Callable]:
     """Cuts the leaves that `cut` cuts; the others (for which it gives None) belong to every piece.
+
+    Args:
+      cut: gives the `Cut` of a leaf, or None. It is called with the leaf and with its part of each of `more`.
 
     Returns:
       the pieces, each `[pieces, ...]` or None, and a function from one piece of each to the operands of that piece,
@@ -399,7 +440,7 @@ def _split(operands: Any, cut: Callable[[jax.Array], Any]) -> tuple[list[Any], C
     """
     leaves = jax.tree.leaves(operands)
     tree: Any = jax.tree.structure(operands)
-    cuts = [cut(leaf) for leaf in leaves]
+    cuts = list(map(cut, leaves, *more))
 
     def together(pieces: list[Any], others: Any = operands) -> Any:
         each = zip(jax.tree.leaves(others), cuts, pieces, strict=True)
@@ -409,6 +450,8 @@ def _split(operands: Any, cut: Callable[[jax.Array], Any]) -> tuple[list[Any], C
 
 
 class Cut(NamedTuple):
+    """A leaf cut into pieces, in the form in which loops go through them."""
+
     pieces: jax.Array  # [pieces, ...]
     restore: Callable[[jax.Array], jax.Array]  # from a piece to what it is a piece of
 
@@ -427,9 +470,9 @@ def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piec
     return Cut(pieces, lambda piece: restore(piece.reshape(whole)))
 
 
-def _payload_first(cut: Cut | None, has_payload: bool) -> Cut | None:
-    """Exchanges the last two axes of the pieces, `[..., block, H]` to `[..., H, block]`, where there are such."""
-    if cut is None or not has_payload or cut.pieces.ndim < 3:
+def _payload_first(cut: Cut | None) -> Cut | None:
+    """Exchanges the last two axes of the pieces, `[pieces, ..., block, H]` to `[pieces, ..., H, block]`."""
+    if cut is None or cut.pieces.ndim < 3:
         return cut
     return Cut(jnp.swapaxes(cut.pieces, -1, -2), lambda piece: cut.restore(jnp.swapaxes(piece, -1, -2)))
 
