@@ -474,11 +474,8 @@ def guard(keep: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ja
 
 
 def _earlier(pos: Any, count: Any) -> Any:
-    """pos - count, for count >= 0, not below the least int32."""
-    if isinstance(pos, Interval):
-        count = Interval.of(count)
-        return Interval(_earlier(pos.lo, count.hi), _earlier(pos.hi, count.lo))
-    return (np if _is_numpy(pos, count) else jnp).maximum(pos, _INT32.min + count) - count
+    """pos - count, for count >= 0, not below the least int32: `_later` in a mirror, ~x being -1 - x."""
+    return ~_later(~pos, count)
 
 
 def _later(pos: Any, count: Any) -> Any:
