@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import checks, softmax, sweep
+from jattn import softmax, sweep
 from jattn.problem import Problem
 from jattn.softmax import Running
 
@@ -71,12 +71,10 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: sweep.Plan, problem: Problem) -> Running:
     def start(problem: Problem, _: Any) -> Running:
-        wide = checks.wide(problem.q)
-        return softmax.start(problem.q.shape[:-2], problem.v.shape[-1], wide, problem.sink_logits())
+        return problem.start()
 
     def step(state: Running, keep: jax.Array | None, problem: Problem, _: Any) -> Running:
-        s, v = problem.scores(keep)
-        return softmax.update(state, s, v, keep, problem.factor())
+        return problem.take(state, keep)
 
     return sweep.sweep(plan, start, step, problem, ())
 

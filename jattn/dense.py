@@ -3,7 +3,7 @@
 import chex
 import jax
 
-from jattn import checks, softmax
+from jattn import softmax
 from jattn.problem import Problem
 from jattn.softmax import Running
 
@@ -22,8 +22,7 @@ def attend(problem: Problem) -> Running:
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
     problem = problem.with_positions()
-    s, v, keep = _scores(problem)
-    return softmax.update(_start(problem), s, v, keep, problem.factor())
+    return problem.take(problem.start(), problem.keep())
 
 
 @jax.jit
@@ -33,19 +32,9 @@ def weights(problem: Problem) -> jax.Array:
     p_ts = factor_ts * exp(s_ts - m_t) / l_t
     """
     problem = problem.with_positions()
-    s, v, keep = _scores(problem)
-    state = softmax.update(_start(problem), s, v, keep)
+    keep = problem.keep()
+    s, v = problem.scores(keep)
+    state = softmax.update(problem.start(), s, v, keep)
     p = softmax.output(state._replace(o=softmax.exponentials(s, state.m, keep)))
     factor = problem.factor()
     return p if factor is None else p * factor
-
-
-def _start(problem: Problem) -> Running:
-    return softmax.start(problem.sizes[:-1], problem.v.shape[-1], checks.wide(problem.q), problem.sink_logits())
-
-
-def _scores(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    keep = problem.keep()
-    s, v = problem.scores(keep)
-    chex.assert_shape(s, problem.sizes)
-    return s, v, keep

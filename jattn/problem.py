@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import checks, masks
+from jattn import checks, masks, softmax
 from jattn.scores import Dropout, Modifier, Sink, as_scores, split
+from jattn.softmax import Running
 from jattn.values import Value
 
 _ValueT = TypeVar("_ValueT", bound=Value)
@@ -54,6 +55,15 @@ class Problem(NamedTuple):
         q_pos = self.q_pos.array(T).reshape((*ones, T, 1)) if isinstance(self.q_pos, Range) else self.q_pos
         kv_pos = self.kv_pos.array(S).reshape((*ones, 1, S)) if isinstance(self.kv_pos, Range) else self.kv_pos
         return self._replace(q_pos=jnp.asarray(q_pos), kv_pos=jnp.asarray(kv_pos))
+
+    def start(self) -> Running:
+        """The running softmax before any key, for queries `[*B, K, G, T]`."""
+        return softmax.start(self.sizes[:-1], self.v.shape[-1], checks.wide(self.q), self.sink_logits())
+
+    def take(self, state: Running, keep: jax.Array | None) -> Running:
+        """Takes the keys of the problem, those that `keep` lets, into the running softmax."""
+        s, v = self.scores(keep)
+        return softmax.update(state, s, v, keep, self.factor())
 
     def keep(self) -> jax.Array | None:
         """Which scores count, `[*B, K, G, T, S]`; None for all."""
