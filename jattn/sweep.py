@@ -220,12 +220,14 @@ def _by_keys(
       what each block of rows is to be given of that, `[rows, ...]` (nothing if all are given the same), and a function
       that runs over the blocks of keys that one block of rows visits.
     """
-    S_axis, block = len(blocks) - 1, blocks[-1]
+    S_axis, block, forward = len(blocks) - 1, blocks[-1], not operands[1]
 
     def cut(leaf: jax.Array, order: Any) -> Cut | None:
         if visits.together > 1:
             leaf = _take_blocks(leaf, S_axis, block, order)
-        return _cut(leaf, S_axis, block * visits.together)
+        pieces = _cut(leaf, S_axis, block * visits.together)
+        # A loop copies each piece that it is given, visited or not. Only what is differentiated needs that.
+        return _by_index(pieces) if forward else pieces
 
     def cut_shared(leaf: jax.Array, role: Role) -> Cut | None:
         if role.rows or not role.keys:
@@ -468,6 +470,14 @@ def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piec
     whole = pieces.shape[1:]
     pieces = pieces.reshape((pieces.shape[0], *(n for n in whole if not _is_one(n))))
     return Cut(pieces, lambda piece: restore(piece.reshape(whole)))
+
+
+def _by_index(cut: Cut | None) -> Cut | None:
+    """Leaves the pieces where they are until they are wanted: loops go through their indices."""
+    if cut is None or cut.pieces.size == 0:
+        return cut
+    indices = jnp.arange(cut.pieces.shape[0], dtype=jnp.int32)
+    return Cut(indices, lambda i: cut.restore(lax.dynamic_index_in_dim(cut.pieces, i, keepdims=False)))
 
 
 def _payload_first(cut: Cut | None) -> Cut | None:
