@@ -159,8 +159,8 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
 
 
 # Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
-_CANDIDATES = ((512, 512), (512, 1024), (512, 256), (256, 256), (128, 128))
-_IN_CACHE = 2**19  # scores
+_CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128))
+_IN_CACHE = 2**19  # scores of whole problems taken together
 
 
 def _work(problem: Problem, block_q: int, block_kv: int) -> float:
@@ -177,7 +177,7 @@ def _work(problem: Problem, block_q: int, block_kv: int) -> float:
     if visits.kinds is None:
         return math.inf
     scores = math.prod(blocks) * visits.together
-    a_score = 1 + 0.08 * max(math.log2(_IN_CACHE / max(scores, 1)), 0) ** 2
+    a_score = 1 + 0.05 * max(math.log2(2**20 / max(scores, 1)), 0) ** 2
     kinds = np.take(visits.present, visits.kinds)
     return (scores * a_score + 2**12) * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))
 
