@@ -3,7 +3,6 @@
 A problem is a case of tests/cases.py with blocks small enough that there are several of every kind.
 """
 
-import functools
 import itertools
 import math
 import random
@@ -163,20 +162,10 @@ def name_of(point: Mapping[str, str]) -> str:
     return "-".join(point.values())
 
 
-# Without LLVM's optimisations, which tests of many small programs would only wait for.
-FAST = {"xla_backend_optimization_level": 0}
-jit = functools.partial(jax.jit, compiler_options=FAST)
-
-
-def compile(f: Callable, *args):
-    """The executable of f for arguments like these, which may be ShapeDtypeStructs."""
-    return jax.jit(f).lower(*args).compile(compiler_options=FAST)
-
-
 def compiled(mode: Callable, f: Callable, p: Problem) -> Callable:
     """mode(f, args, tangents) as a function of a problem like p, at its precision: NumPy arrays."""
     with cases.precision(p.case):
-        executable = compile(lambda args, tangents: mode(f, args, tangents), p.args, p.tangents)
+        executable = jax.jit(lambda args, tangents: mode(f, args, tangents)).lower(p.args, p.tangents).compile()
 
     def run(p: Problem):
         with cases.precision(p.case):

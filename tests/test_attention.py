@@ -42,16 +42,11 @@ def exact(case):
     return reference.attention(*cases.inputs(case), **cases.oracle(case))
 
 
-def _compiled(function):
-    """Naive code runs once for each case: it is not worth optimising."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def plain(case):
     """(out, lse) from naive code at the precision of the case."""
     with cases.precision(case):
-        return _compiled(lambda *args: naive.attention(*args, **cases.oracle(case, xp=jnp)))(*cases.inputs(case))
+        return jax.jit(lambda *args: naive.attention(*args, **cases.oracle(case, xp=jnp)))(*cases.inputs(case))
 
 
 @functools.cache
@@ -66,9 +61,9 @@ def plain_derivatives(case):
 
     operands = (arguments(case), *directions(case))
     with cases.precision(case):
-        rounded = _compiled(derivatives)(*operands)
+        rounded = jax.jit(derivatives)(*operands)
     with jax.enable_x64(True):
-        return rounded, _compiled(derivatives)(*jax.tree.map(lambda a: a.astype(np.float64), operands))
+        return rounded, jax.jit(derivatives)(*jax.tree.map(lambda a: a.astype(np.float64), operands))
 
 
 def assert_outputs(got, case):

@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 
 import jattn
 from jattn import Dropout, masks, scores
-from tests import modes, naive, problems
+from tests import modes, naive
 
 B, T, S, N, K, H, V = 2, 13, 11, 6, 3, 5, 7
 KEY = jax.random.key(3)
@@ -58,7 +58,7 @@ def test_gradients_use_the_same_mask(implementation):
     multiplier = 2.0 * kept(B)
 
     def gradient(f):
-        return problems.jit(jax.grad(modes.loss(f), (0, 1, 2)))(*args)
+        return jax.jit(jax.grad(modes.loss(f), (0, 1, 2)))(*args)
 
     ours = gradient(lambda *a: jattn.attention_with_lse(*a, dropout=HALF, implementation=implementation))
     theirs = gradient(lambda *a: naive.attention(*a, dropout=multiplier))
@@ -81,11 +81,11 @@ def test_transforms_change_nothing(implementation):
         return jattn.attention(q, k, v, dropout=Dropout(0.5, key), implementation=implementation)
 
     def gradient(f):
-        return problems.jit(jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2)))
+        return jax.jit(jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2)))
 
     other = jax.random.key(4)
     out, grads = f(*args, KEY), gradient(f)(*args, KEY)
-    close(problems.jit(f)(*args, KEY), out)
+    close(jax.jit(f)(*args, KEY), out)
     for a, b in zip(gradient(jax.checkpoint(f))(*args, KEY), grads, strict=True):
         close(a, b)
     scanned = jax.lax.scan(lambda _, key: (None, f(*args, key)), None, jnp.stack([KEY, other]))[1]
@@ -101,10 +101,10 @@ def test_vmap_is_a_loop(implementation):
     def f(q, k, v, key):
         return jattn.attention(q, k, v, dropout=Dropout(0.5, key), implementation=implementation)
 
-    shared = problems.jit(jax.vmap(f, (0, 0, 0, None)))(qs, ks, vs, KEY)
-    split = problems.jit(jax.vmap(f))(qs, ks, vs, keys)
-    over_keys = problems.jit(jax.vmap(f, (None, None, None, 0)))(qs[0], ks[0], vs[0], keys)
-    alone = problems.jit(f)
+    shared = jax.jit(jax.vmap(f, (0, 0, 0, None)))(qs, ks, vs, KEY)
+    split = jax.jit(jax.vmap(f))(qs, ks, vs, keys)
+    over_keys = jax.jit(jax.vmap(f, (None, None, None, 0)))(qs[0], ks[0], vs[0], keys)
+    alone = jax.jit(f)
     for i in range(B):
         close(shared[i], alone(qs[i], ks[i], vs[i], KEY))
         close(split[i], alone(qs[i], ks[i], vs[i], keys[i]))

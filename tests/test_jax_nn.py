@@ -12,7 +12,7 @@ import pytest
 import jattn
 from tests import plain, reference
 from tests.pictures import draw
-from tests.plain import jit, loss
+from tests.plain import loss
 
 B, T, S, N, K, H = 3, 7, 11, 6, 2, 5
 TOL = dict(rtol=2e-5, atol=2e-5)
@@ -83,7 +83,7 @@ def test_same_as_jax_nn(name, implementation):
     args, options = SAME[name]
 
     def run(attend, **more):
-        @jit
+        @jax.jit
         def values_and_gradients(q, k, v):
             f = functools.partial(attend, **options, **more)
             return f(q, k, v, *args), jax.grad(lambda q, k, v: loss(f(q, k, v, *args)), (0, 1, 2))(q, k, v)
@@ -157,7 +157,7 @@ def test_residual(options):
 def test_narrow_dtypes_under_jit(dtype):
     """float16 works under jit on CPU too, where jax.nn does not."""
     q, k, v = (jnp.asarray(x, dtype) for x in (Q, KEY, V))
-    out, lse = jit(lambda *x: jattn.dot_product_attention(*x, is_causal=True, return_residual=True))(q, k, v)
+    out, lse = jax.jit(lambda *x: jattn.dot_product_attention(*x, is_causal=True, return_residual=True))(q, k, v)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     exact = reference.attention(q, k, v, keep=draw(T, S, lambda i, j: j <= i))
     np.testing.assert_allclose(out.astype(np.float32), exact[0], atol=4 * float(jnp.finfo(dtype).eps))

@@ -14,7 +14,6 @@ import jattn
 from jattn import masks
 from jattn.masks import Causal, Dense, Empty, Full, Function, Lengths, Prefix, Segments, SlidingWindow, Window
 from tests.pictures import catalogue, draw, striped
-from tests.plain import jit
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 T = 11
@@ -215,7 +214,7 @@ def test_ints_are_static_and_arrays_dynamic():
         assert len(jax.tree.leaves(mask)) == count, str(mask)
 
 
-@functools.partial(jit, static_argnames=("implementation", "T", "S"))
+@functools.partial(jax.jit, static_argnames=("implementation", "T", "S"))
 def one_hot(mask, implementation, T=T, S=T, **options):
     """With equal logits and one-hot values attention gives 1 / count where it may look."""
     q, k, v = jnp.zeros((T, 1, 1)), jnp.zeros((S, 1, 1)), jnp.eye(S)[:, None]
@@ -312,7 +311,7 @@ def test_batched_arrays_are_right_aligned(implementation):
     B = 3
     zeros, eye = jnp.zeros((B, T, 2, 1)), jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, 2, T))
 
-    @jit
+    @jax.jit
     def see(mask):
         out = jattn.attention(zeros, zeros, eye, mask=mask, implementation=implementation)
         return jnp.moveaxis(out > 0, 2, 1)  # [B, N, T, S]
@@ -341,7 +340,7 @@ def test_one_leading_dim_more_is_the_heads(implementation, batch):
     q, k = jnp.zeros((*batch, T, N, 1)), jnp.zeros((*batch, T, 2, 1))
     eye = jnp.broadcast_to(jnp.eye(T)[:, None], (*batch, T, 2, T))
 
-    @jit
+    @jax.jit
     def see(mask):
         out = jattn.attention(q, k, eye, mask=mask, implementation=implementation)
         return jnp.moveaxis(out > 0, -2, -3)  # [*batch, N, T, S]
@@ -372,18 +371,18 @@ def test_arguments_of_jit_vmap_and_scan(implementation):
     def see(mask):
         return jattn.attention(zeros, zeros, eye, mask=mask, implementation=implementation)[:, 0] > 0
 
-    np.testing.assert_array_equal(jit(see)(one[1]), wanted[1])
-    np.testing.assert_array_equal(jit(jax.vmap(see))(mask), wanted)
-    np.testing.assert_array_equal(jit(lambda mask: jax.lax.map(see, mask))(mask), wanted)
+    np.testing.assert_array_equal(jax.jit(see)(one[1]), wanted[1])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(see))(mask), wanted)
+    np.testing.assert_array_equal(jax.jit(lambda mask: jax.lax.map(see, mask))(mask), wanted)
 
-    @jit
+    @jax.jit
     def scanned(first, mask):
         return jax.lax.scan(lambda carry, m: (carry, see(m) & see(carry)), first, mask)
 
     carried, stacked = scanned(Causal() & Window(4, 0), mask)
     assert carried == Causal() & Window(4, 0)
     np.testing.assert_array_equal(stacked, wanted & draw(T, T, lambda i, j: i - 4 <= j <= i))
-    chosen = jit(lambda here, mask: jax.lax.cond(here, see, lambda m: ~see(m), mask))(True, one[2])
+    chosen = jax.jit(lambda here, mask: jax.lax.cond(here, see, lambda m: ~see(m), mask))(True, one[2])
     np.testing.assert_array_equal(chosen, wanted[2])
 
 
@@ -391,7 +390,7 @@ def test_static_arguments_and_retracing():
     """Equal ints share a trace, new ints do not; new arrays do."""
     traces = []
 
-    @jit
+    @jax.jit
     def f(mask):
         traces.append(mask)
         return jnp.asarray(mask.to_array(3, 3))
@@ -400,7 +399,7 @@ def test_static_arguments_and_retracing():
     assert len(traces) == 2
     f(Prefix(jnp.int32(1))), f(Prefix(jnp.int32(2)))
     assert len(traces) == 3
-    np.testing.assert_array_equal(jit(lambda m: m.to_array(3, 3), static_argnums=0)(Causal()), np.tri(3) > 0)
+    np.testing.assert_array_equal(jax.jit(lambda m: m.to_array(3, 3), static_argnums=0)(Causal()), np.tri(3) > 0)
 
 
 @implementations

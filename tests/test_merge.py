@@ -119,7 +119,7 @@ def test_nothing_sends_and_receives_no_nan():
     def slope(parts):
         return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(jax.grad(total)(parts)))
 
-    first, second = problems.jit(jax.grad(total)), problems.jit(jax.grad(slope))
+    first, second = jax.jit(jax.grad(total)), jax.jit(jax.grad(slope))
     for parts in ([x, nothing(x)], [nothing(x), x], [nothing(x), nothing(x)]):
         with jax.debug_nans(True), jax.debug_infs(True):
             for derivative in (first(parts), second(parts)):
@@ -177,7 +177,7 @@ def test_a_running_merge_in_a_scan_is_the_merge_of_all():
         return jax.lax.scan(lambda so_far, part: (jattn.merge([so_far, part]), None), nothing(parts[0]), stacked)[0]
 
     def gradient(f):
-        return problems.jit(jax.grad(lambda parts: sum(jnp.sin(x).sum() for x in f(parts))))(parts)
+        return jax.jit(jax.grad(lambda parts: sum(jnp.sin(x).sum() for x in f(parts))))(parts)
 
     for a, b in zip(jax.tree.leaves(gradient(running)), jax.tree.leaves(gradient(jattn.merge)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 import jattn
 from jattn import masks, scores
 from tests import reference
-from tests.plain import jit, qkv
+from tests.plain import qkv
 
 T, S, N = 5, 7, 6
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
@@ -134,7 +134,7 @@ def check_implementations(point):
     given = options(*point)
     with jax.disable_jit():
         dense = jattn.attention_with_lse(*x, **given, implementation="dense")
-    blocks = jit(lambda *x: jattn.attention_with_lse(*x, **given, implementation=SMALL))(*x)
+    blocks = jax.jit(lambda *x: jattn.attention_with_lse(*x, **given, implementation=SMALL))(*x)
     for a, b in zip(blocks, dense, strict=True):
         np.testing.assert_allclose(a, b, **TOL)
     with jax.disable_jit():
@@ -181,7 +181,7 @@ def test_each_option_alone_has_effect_in_every_function(implementation, name):
         "context_vector": lambda **o: jattn.context_vector(params, tokens, **o, implementation=implementation),
     }
     for call, f in calls.items():
-        without, given = jit(lambda f=f: (f(**beside), f(**beside, **{name: value})))()
+        without, given = jax.jit(lambda f=f: (f(**beside), f(**beside, **{name: value})))()
         assert np.abs(without - given).max() > 1e-3, f"{call} dropped {name}"
 
 
@@ -344,7 +344,7 @@ def test_b18_dot_product_attention_honours_every_option_in_every_implementation(
     ranges = {name: range(len(values)) for name, values in COMPATIBLE.items()}
     for point in pairwise(ranges):
         given = {name: COMPATIBLE[name][i] for name, i in zip(COMPATIBLE, point, strict=True)}
-        attend = jit(functools.partial(jattn.dot_product_attention, **given, implementation=implementation))
+        attend = jax.jit(functools.partial(jattn.dot_product_attention, **given, implementation=implementation))
         got = attend(*x)
         residual = given.pop("return_residual")
         np.testing.assert_allclose(

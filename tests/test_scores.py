@@ -14,7 +14,7 @@ from jattn import masks, scores
 from jattn.scores import ALiBi, Bias, Function, RelativePosition, Sink, SoftCap, alibi_slopes
 from tests import plain
 from tests.pictures import draw
-from tests.plain import assert_close, derivatives, jit, loss, qkv
+from tests.plain import assert_close, derivatives, loss, qkv
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -42,7 +42,7 @@ def modified(*given, implementation, q_offset=OFFSET, **options):
     q, k, _ = qkv()
     v = jnp.broadcast_to(jnp.eye(S)[:, None], (S, 2, S))
 
-    @jit
+    @jax.jit
     def run(given):
         return jattn.attention_with_lse(
             q, k, v, scores=given, q_offset=q_offset, implementation=implementation, **options
@@ -239,8 +239,8 @@ def test_learned_arrays_may_be_vmapped(implementation, name):
         return jattn.attention(*x, scores=(build(params),), q_offset=OFFSET, implementation=implementation)
 
     several = [jax.tree.map(lambda a, c=c: jnp.asarray(a) * c, params) for c in (1.0, 0.5)]
-    mapped = jit(jax.vmap(f))(jax.tree.map(lambda *a: jnp.stack(a), *several))
-    one = jit(f)
+    mapped = jax.jit(jax.vmap(f))(jax.tree.map(lambda *a: jnp.stack(a), *several))
+    one = jax.jit(f)
     assert_close(mapped, jnp.stack([one(p) for p in several]), 1e-12)
 
 
@@ -400,7 +400,7 @@ def test_values_are_frozen_pytrees(name):
 def test_new_arrays_do_not_retrace_and_scores_are_arguments():
     x, traces = qkv(), []
 
-    @jit
+    @jax.jit
     def f(given):
         traces.append(1)
         return jax.grad(lambda given: loss(jattn.attention(*x, scores=given, q_offset=0, implementation=SMALL)))(given)

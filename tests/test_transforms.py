@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jattn
 from jattn import masks, scores
-from tests import cases, modes, problems
+from tests import cases, modes
 from tests.cases import CASES
 
 SMALL = jattn.Blockwise(block_q=4, block_kv=5)
@@ -138,13 +138,13 @@ def test_batch_and_heads_over_devices_need_no_collective(implementation, derivat
     out_specs = jax.tree.map(lambda _: heads, jax.eval_shape(f, *args))
     over_devices = jax.shard_map(f, mesh=mesh(), in_specs=specs, out_specs=out_specs) if how == "shard_map" else f
     placed = [jax.device_put(x, jax.NamedSharding(mesh(), spec)) for x, spec in zip(args, specs, strict=True)]
-    executable = problems.compile(over_devices, *placed)
+    executable = jax.jit(over_devices).lower(*placed).compile()
     found = COLLECTIVE.findall(executable.as_text())
     assert not found, found
     result = executable(*placed)
     for leaf in jax.tree.leaves(result):
         assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh(), heads), leaf.ndim)
-    expected = problems.jit(lambda *args: f(*args, implementation="dense"))(*args)
+    expected = jax.jit(lambda *args: f(*args, implementation="dense"))(*args)
     close(*(jax.tree.map(np.asarray, x) for x in (result, expected)), 1e-4)
 
 
@@ -189,7 +189,7 @@ def test_masks_and_scores_run_through_scan(implementation):
             out = f(q, options)
             return jnp.sin(out).sum(), out
 
-        return problems.jit(jax.grad(total, (0, 1), allow_int=True, has_aux=True))(q, options)
+        return jax.jit(jax.grad(total, (0, 1), allow_int=True, has_aux=True))(q, options)
 
     (dq, dstacked), out = differentiated(scanned, q, stacked)
     (expected_dq, deach), expected = differentiated(unrolled, q, each)
@@ -248,7 +248,7 @@ def test_every_checkpoint_policy(policy):
         return checkpoint_name(out, "out")
 
     expected = gradient(lambda *args: f(*args, "dense"))(*args)
-    close(problems.jit(gradient(jax.checkpoint(f, policy=policy)))(*args), expected)
+    close(jax.jit(gradient(jax.checkpoint(f, policy=policy)))(*args), expected)
 
 
 # vmap over every option --------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def vmap_over(option, axis, implementation):
 
     axes = [min(axis, x.ndim) for x in arrays]
     several = [np.stack([x, other(x)], axis=a) for x, a in zip(arrays, axes, strict=True)]
-    out, alone = problems.jit(jax.vmap(f, in_axes=axes))(*several), problems.jit(f)
+    out, alone = jax.jit(jax.vmap(f, in_axes=axes))(*several), jax.jit(f)
     for i, row in enumerate((arrays, [other(x) for x in arrays])):
         close(jax.tree.map(lambda x, i=i: x[i], out), alone(*row))
 
@@ -352,7 +352,7 @@ def test_disable_jit(implementation):
 
     with jax.disable_jit():
         slow = everything(q, k, v)
-    close(slow, problems.jit(everything)(q, k, v))
+    close(slow, jax.jit(everything)(q, k, v))
 
 
 @both
@@ -388,7 +388,7 @@ def test_x64_changes_no_dtype_and_no_number(name, implementation):
         def f(*args):
             return jattn.attention_with_lse(*args, implementation=implementation, **chosen)
 
-        return problems.jit(lambda *args: (f(*args), jax.grad(modes.loss(f), (0, 1, 2))(*args)))(*args)
+        return jax.jit(lambda *args: (f(*args), jax.grad(modes.loss(f), (0, 1, 2))(*args)))(*args)
 
     narrow = run()
     with jax.enable_x64(True):

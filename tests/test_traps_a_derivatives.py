@@ -14,7 +14,7 @@ import jattn
 from jattn import masks, scores
 from tests import plain
 from tests.pictures import catalogue, draw
-from tests.plain import assert_close, derivatives, jit, loss, qkv
+from tests.plain import assert_close, derivatives, loss, qkv
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -70,7 +70,7 @@ def test_a1_gradient_through_a_merge_is_the_unsplit_gradient(implementation):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_a2_lse_is_float32_or_wider(implementation, dtype):
     q, k, v = qkv(S=97, dtype=dtype)
-    attend = jit(lambda q, k, v: jattn.attention_with_lse(q, k, v, implementation=implementation))
+    attend = jax.jit(lambda q, k, v: jattn.attention_with_lse(q, k, v, implementation=implementation))
     out, lse = attend(q, k, v)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     exact = plain.attend(*(x.astype(jnp.float64) for x in (q, k, v)))[1]
@@ -130,7 +130,7 @@ def test_a3_bias_gradient_alone_with_a_mask(implementation, shape):
         allowed = draw(T, S, lambda i, j: i + 2 - 4 <= j <= i + 2 + 2)
         return loss(plain.attend(*x, allowed, lambda s: s + jnp.broadcast_to(bias, s.shape))[0])
 
-    assert_close(jit(jax.grad(ours))(bias), jit(jax.grad(wanted))(bias))
+    assert_close(jax.jit(jax.grad(ours))(bias), jax.jit(jax.grad(wanted))(bias))
 
 
 @both
@@ -139,7 +139,7 @@ def test_a4_broadcast_bias_gradient_is_the_sum_of_the_full_one(implementation, a
     """The size-1 axis runs over several blocks, heads of a group and batches: each must be added, none written last."""
     x, full = qkv(batch=(2,)), random(2, N, T, S) * 0 + 0.3
 
-    @jit
+    @jax.jit
     def gradient(bias):
         return jax.grad(
             lambda bias: loss(jattn.attention(*x, scores=(scores.Bias(bias),), implementation=implementation))
@@ -158,10 +158,10 @@ def test_a5_float32_bias_with_narrow_inputs(implementation, dtype):
         out = jattn.attention(q, k, v, scores=(scores.Bias(bias),), implementation=implementation)
         return loss(out.astype(jnp.float32))
 
-    gradients = jit(jax.grad(ours, argnums=(0, 1, 2, 3)))(*x, bias)
+    gradients = jax.jit(jax.grad(ours, argnums=(0, 1, 2, 3)))(*x, bias)
     assert [g.dtype for g in gradients] == [dtype, dtype, dtype, jnp.float32]
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1, 2, 3))
     def wanted(q, k, v, bias):
         return loss(plain.attend(q, k, v, score=lambda s: s + bias)[0])
@@ -180,7 +180,7 @@ def test_a5_zero_cotangent_gives_exactly_zero(implementation):
             q, k, v, mask=masks.Prefix(9), scores=(scores.Bias(bias),), implementation=implementation
         )
 
-    @jit
+    @jax.jit
     def pull(*args):
         primal, vjp = jax.vjp(ours, *args)
         return vjp(jax.tree.map(jnp.zeros_like, primal))
@@ -212,7 +212,7 @@ def test_a6_soft_cap_gradient_of_huge_float32_logits_is_finite(implementation):
     def ours(q, k, v):
         return loss(jattn.attention(q, k, v, mask=mask, scores=(scores.SoftCap(30.0),), implementation=implementation))
 
-    chex.assert_tree_all_finite(jit(jax.grad(ours, argnums=(0, 1, 2)))(q * 1e18, k * 1e18, v))
+    chex.assert_tree_all_finite(jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(q * 1e18, k * 1e18, v))
 
 
 @both
@@ -232,7 +232,7 @@ def test_a7_soft_cap_and_bias_apply_in_the_order_given(implementation):
     x, bias = qkv(), 3 * random(N, T, S)
 
     def ours(*given):
-        return jit(lambda *x: jattn.attention_with_lse(*x, scores=given, implementation=implementation))(*x)
+        return jax.jit(lambda *x: jattn.attention_with_lse(*x, scores=given, implementation=implementation))(*x)
 
     cap_last = plain.attend(*x, score=lambda s: 2 * jnp.tanh((s + bias) / 2))
     bias_last = plain.attend(*x, score=lambda s: 2 * jnp.tanh(s / 2) + bias)
@@ -271,7 +271,7 @@ def test_a8_every_order_and_mode(implementation, mode):
         return loss(*plain.attend(*unravel(x), draw(3, 5, lambda i, j: j <= i + 1)))
 
     transform = MODES[mode]
-    assert_close(jit(transform(ours))(x), jit(transform(wanted))(x))
+    assert_close(jax.jit(transform(ours))(x), jax.jit(transform(wanted))(x))
 
 
 @both
@@ -346,7 +346,7 @@ def test_a12_learned_score_function_with_scalar_vector_and_table(implementation)
     """One trace serves all values of the parameters."""
     traces = []
 
-    @jit
+    @jax.jit
     def ours(params, x):
         traces.append(1)
 
@@ -398,7 +398,7 @@ def test_a13_key_and_value_gradients_sum_over_their_group(implementation, K, T, 
     def wanted(q, k, v):
         return loss(plain.attend(q, k, v)[0])
 
-    assert_close(jit(jax.grad(ours, (0, 1, 2)))(*x), jit(jax.grad(wanted, (0, 1, 2)))(*x))
+    assert_close(jax.jit(jax.grad(ours, (0, 1, 2)))(*x), jax.jit(jax.grad(wanted, (0, 1, 2)))(*x))
 
 
 @both
@@ -408,7 +408,7 @@ def test_a14_narrow_gradients_stay_within_the_error_of_plain_code(implementation
     x = qkv(T=37, S=53, dtype=dtype)
 
     def gradients(f, x):
-        return [g.astype(float) for g in jit(jax.grad(lambda *x: loss(f(*x)), (0, 1, 2)))(*x)]
+        return [g.astype(float) for g in jax.jit(jax.grad(lambda *x: loss(f(*x)), (0, 1, 2)))(*x)]
 
     ours = gradients(lambda *x: jattn.attention(*x, implementation=implementation).astype(jnp.float32), x)
     narrow = gradients(lambda *x: plain.attend(*x)[0].astype(jnp.float32), x)

@@ -13,7 +13,7 @@ import jattn
 from jattn import masks, scores
 from tests import plain, reference
 from tests.pictures import catalogue, draw, striped
-from tests.plain import jit, loss, qkv, quick
+from tests.plain import loss, qkv, quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -57,7 +57,7 @@ def test_b1_masks_without_order_need_no_positions(implementation, unordered):
 @pytest.mark.parametrize(("T", "S"), [(7, 11), (11, 7), (1, 11), (11, 1), (7, 7)])
 def test_b1_causal_follows_the_positions_given(implementation, T, S):
     x = qkv(T=T, S=S)
-    attend = jit(lambda *x, **at: jattn.attention(*x, mask=masks.Causal(), implementation=implementation, **at))
+    attend = jax.jit(lambda *x, **at: jattn.attention(*x, mask=masks.Causal(), implementation=implementation, **at))
     for offset in {0, S - T}:
         exact = reference.attention(*x, keep=np.arange(S) <= np.arange(T)[:, None] + offset)[0]
         np.testing.assert_allclose(attend(*x, q_offset=jnp.int32(offset)), exact, **TOL)
@@ -72,7 +72,7 @@ def test_b2_step_by_step_decoding_is_the_full_forward(implementation):
     q, k, v = qkv(T=11)
     full = quick(jattn.attention, q, k, v, mask=masks.Causal(), implementation=implementation)
 
-    @jit
+    @jax.jit
     def step(t):
         one = jax.lax.dynamic_slice_in_dim(q, t, 1)
         return jattn.attention(one, k, v, mask=masks.Causal(), q_offset=t, implementation=implementation)[0]
@@ -98,7 +98,7 @@ def test_b3_early_rows_of_many_queries_on_few_keys_are_exactly_zero(implementati
     T, S = 23, 5
     q, k, v = qkv(T=T, S=S)
 
-    @jit
+    @jax.jit
     def run(q, k, v):
         def f(q, k, v):
             out, lse = jattn.attention_with_lse(
@@ -127,7 +127,7 @@ def test_b4_chunked_prefill_is_the_unchunked_one_for_every_split(implementation)
     def attend(q, k, v, **at):
         return jattn.attention(q, k, v, mask=masks.Causal(), implementation=implementation, **at)
 
-    @functools.partial(jit, static_argnames="split")
+    @functools.partial(jax.jit, static_argnames="split")
     def chunked(q, k, v, split):
         first = attend(q[:split], k[:split], v[:split])
         cached = attend(q[:split], k, v, q_offset=0)
@@ -179,7 +179,7 @@ def test_b5_sliding_window_counts_itself():
 def test_b6_each_mask_alone_and_no_other_option(implementation, name):
     mask, allowed = catalogue()[name]
     x = qkv(T=11)
-    out, lse = jit(lambda *x: jattn.attention_with_lse(*x, mask=mask, implementation=implementation))(*x)
+    out, lse = jax.jit(lambda *x: jattn.attention_with_lse(*x, mask=mask, implementation=implementation))(*x)
     exact_out, exact_lse, _ = reference.attention(*x, keep=allowed)
     np.testing.assert_allclose(out, exact_out, **TOL)
     np.testing.assert_allclose(lse, exact_lse, **TOL)
@@ -202,7 +202,7 @@ def test_b7_left_window_does_not_see_the_future(implementation):
     def f(q, k, v):
         return jattn.attention(q, k, v, mask=masks.Window(3, 0), implementation=implementation)
 
-    f = jit(f)
+    f = jax.jit(f)
     for t in (1, 5, 10):
         np.testing.assert_array_equal(*rows_before(f, t, *qkv(T=11)))
 
@@ -211,7 +211,7 @@ def test_b7_local_left_window_does_not_see_the_future():
     def f(q, k, v):
         return jattn.dot_product_attention(q, k, v, local_window_size=(3, 0))
 
-    f = jit(f)
+    f = jax.jit(f)
     for t in (1, 5, 10):
         np.testing.assert_array_equal(*rows_before(f, t, *qkv(T=11, V=5)))
 
@@ -238,7 +238,7 @@ def test_b8_ring_buffer_decoding_is_the_full_forward(implementation, unwritten):
         return (keys, values, positions), out[0]
 
     garbage = jnp.full((window, *k.shape[1:]), jnp.nan), jnp.full((window, *v.shape[1:]), jnp.nan)
-    decoded = jit(lambda cache: jax.lax.scan(step, cache, jnp.arange(T, dtype=jnp.int32))[1])(
+    decoded = jax.jit(lambda cache: jax.lax.scan(step, cache, jnp.arange(T, dtype=jnp.int32))[1])(
         (*garbage, jnp.full(window, unwritten, jnp.int32))
     )
     np.testing.assert_allclose(decoded, full, **TOL)
@@ -270,13 +270,13 @@ def test_b8_prefill_longer_than_the_window_then_decode(implementation):
 def test_b9_every_mask_with_unequal_lengths(implementation, name, T, S):
     mask, allowed = catalogue(T, S, S - T)[name]
     x = qkv(T=T, S=S)
-    out = jit(lambda *x: jattn.attention(*x, mask=mask, q_offset=S - T, implementation=implementation))(*x)
+    out = jax.jit(lambda *x: jattn.attention(*x, mask=mask, q_offset=S - T, implementation=implementation))(*x)
     np.testing.assert_allclose(out, reference.attention(*x, keep=allowed)[0], **TOL)
 
 
 @both
 def test_b10_causal_has_effect(implementation):
-    @jit
+    @jax.jit
     def f(q, k, v):
         return jattn.attention(q, k, v, mask=masks.Causal(), implementation=implementation)
 
@@ -338,9 +338,9 @@ def test_b12_infinite_and_lowest_bias(implementation, strict):
                 out = jattn.attention(q, k, v, scores=given, implementation=implementation)
                 return loss(out[live]), out
 
-            (_, out), gradients = jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
+            (_, out), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
             np.testing.assert_allclose(out, reference.attention(q, k, v, keep=some)[0], **TOL)
-            exact = jit(jax.grad(lambda *x: loss(plain.attend(*x, some)[0][live]), (0, 1, 2)))(q, k, v)
+            exact = jax.jit(jax.grad(lambda *x: loss(plain.attend(*x, some)[0][live]), (0, 1, 2)))(q, k, v)
             chex.assert_trees_all_close(gradients, exact, **TOL)
 
         lowest = quick(
@@ -378,7 +378,7 @@ def test_b13_gradients_do_not_feel_how_low_the_logits_are(implementation, shift)
         given = (scores.Bias(shift),)
         return loss(jattn.attention(q, k, v, mask=masks.Prefix(9), scores=given, implementation=implementation))
 
-    gradient = jit(jax.grad(f, (0, 1, 2)))
+    gradient = jax.jit(jax.grad(f, (0, 1, 2)))
     x = jnp.zeros((7, 6, 5)), k, v
     chex.assert_trees_all_close(
         gradient(*x, jnp.full((1, 1), shift)), gradient(*x, jnp.zeros((1, 1))), rtol=1e-5, atol=1e-6
@@ -425,7 +425,7 @@ def test_b15_other_segments_are_not_seen(implementation):
     q, k, v = qkv(T=11)
     mask = masks.Segments(ids)
 
-    @jit
+    @jax.jit
     def run(q, k, v):
         def f(q, k, v):
             out = jattn.attention(q, k, v, mask=mask, implementation=implementation)
@@ -449,7 +449,7 @@ def test_b16_padding_is_not_a_segment_and_zero_is(implementation):
     x = qkv()
     mask = masks.Segments(q_ids, kv_ids)
 
-    @jit
+    @jax.jit
     def run(*x):
         def f(*x):
             out, lse = jattn.attention_with_lse(*x, mask=mask, implementation=implementation)
@@ -487,7 +487,7 @@ def test_b17_packed_keys_split_over_parts_merge_to_the_whole(implementation):
         jattn.attention_with_lse, q, k, v, mask=masks.Causal() & masks.Segments(ids), implementation=implementation
     )
 
-    @jit
+    @jax.jit
     def part(k, v, kv_ids, kv_positions):
         mask = masks.Causal() & masks.Segments(ids, kv_ids)
         at = dict(q_positions=positions, kv_positions=kv_positions)
@@ -503,11 +503,11 @@ def test_b18_no_option_is_dropped_on_any_path(implementation):
     q, k, v = qkv(T=11)
     args = dict(mask=masks.Causal(), dropout=jattn.Dropout(0.3, jax.random.key(0)))
 
-    @jit
+    @jax.jit
     def alone(q, k, v):
         return jattn.attention(q, k, v, implementation=implementation, **args)
 
-    @jit
+    @jax.jit
     def in_batches(q, k, v):
         return jattn.attention(*(x[None, None] for x in (q, k, v)), implementation=implementation, **args)[0, 0]
 
@@ -532,7 +532,7 @@ def test_b19_mask_as_an_argument_of_jit_and_inside_loops(implementation):
     keep = draw(11, 11, lambda i, j: j <= i and j < 8) & (same | dense)
     exact = reference.attention(q, k, v, keep=keep)[0]
 
-    np.testing.assert_allclose(jit(f)(mask), exact, **TOL)
+    np.testing.assert_allclose(jax.jit(f)(mask), exact, **TOL)
     _, scanned = jax.lax.scan(lambda mask, _: (mask, f(mask)), mask, length=2)
     np.testing.assert_allclose(scanned, np.stack([exact, exact]), **TOL)
     _, _, looped = jax.lax.while_loop(
@@ -546,7 +546,7 @@ def test_b19_new_arrays_in_an_equal_mask_do_not_retrace():
 
     traces = []
 
-    @jit
+    @jax.jit
     def f(mask):
         traces.append(1)
         return jattn.attention(*x, mask=mask, implementation=SMALL)
@@ -566,7 +566,7 @@ def test_b20_alibi_is_the_explicit_bias(implementation, causal, T, S):
     slopes = jnp.asarray([0.5, 0.25, 0.1, 1.0, 0.0, -0.3])
     distance = np.abs(np.arange(T)[:, None] + S - T - np.arange(S)) * 1.0
     args = dict(scores=(scores.ALiBi(slopes),), q_offset=S - T, implementation=implementation)
-    out = jit(lambda *x: jattn.attention(*x, mask=masks.Causal() if causal else None, **args))(*x)
+    out = jax.jit(lambda *x: jattn.attention(*x, mask=masks.Causal() if causal else None, **args))(*x)
     keep = draw(T, S, lambda i, j: not causal or j <= i + S - T)
     exact = reference.attention(*x, keep=keep, scores=[lambda s, head: s - float(slopes[head[-1]]) * distance])[0]
     np.testing.assert_allclose(out, exact, **TOL)

@@ -10,7 +10,7 @@ import jattn
 from jattn import masks, scores
 from tests import plain, reference
 from tests.pictures import draw
-from tests.plain import assert_close, derivatives, jit, loss, qkv, quick
+from tests.plain import assert_close, derivatives, loss, qkv, quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -48,7 +48,7 @@ EMPTY = {
 def test_c1_a_row_without_keys_is_zero(implementation, name):
     mask = EMPTY[name]
 
-    @jit
+    @jax.jit
     def run(q, k, v):
         def f(q, k, v):
             out, lse = jattn.attention_with_lse(q, k, v, mask=mask, implementation=implementation)
@@ -80,7 +80,7 @@ def test_c1_one_row_without_keys_among_others(implementation, x64):
 def test_c2_a_row_without_keys_is_not_the_mean_of_the_values(implementation):
     mask = jnp.asarray(~DEAD[:, None])
 
-    @jit
+    @jax.jit
     def only_the_dead_row(q, k, v):
         return jax.grad(
             lambda *x: jattn.attention(*x, mask=mask, implementation=implementation)[DEAD].sum(), (0, 1, 2)
@@ -100,7 +100,7 @@ def test_c2_a_key_value_length_of_zero():
     exact = reference.attention(q, k, v, keep=np.arange(S) < np.asarray(lengths)[:, None, None, None])[0]
     np.testing.assert_allclose(f(q, k, v), exact, **TOL)
     np.testing.assert_array_equal(f(q, k, v)[0], 0)
-    for gradient in jit(jax.grad(lambda *x: loss(f(*x)), (0, 1, 2)))(q, k, v):
+    for gradient in jax.jit(jax.grad(lambda *x: loss(f(*x)), (0, 1, 2)))(q, k, v):
         np.testing.assert_array_equal(gradient[0], 0)
         assert np.isfinite(gradient).all()
 
@@ -245,7 +245,7 @@ def test_c7_logits_up_to_the_largest_float32_stay_finite(implementation):
         out, lse = jattn.attention_with_lse(*x, implementation=implementation)
         return loss(out), (out, lse)
 
-    (_, (out, lse)), gradients = jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*x)
+    (_, (out, lse)), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*x)
     best = np.asarray(plain.logits(q, k)).argmax(-1)  # [N, T]
     chosen = np.stack([np.asarray(v)[best[n], n // 3] for n in range(N)], 1)
     np.testing.assert_allclose(out, chosen, rtol=1e-6)
@@ -274,7 +274,7 @@ def test_c9_narrow_inputs_are_summed_in_float32(implementation, dtype):
     S = 3001
     q, k, v = qkv(T=5, S=S, N=2, K=1, dtype=dtype)
     v = jnp.abs(v) + jnp.asarray(1, dtype)
-    out, lse = jit(lambda *x: jattn.attention_with_lse(*x, implementation=implementation))(q * 0, k, v)
+    out, lse = jax.jit(lambda *x: jattn.attention_with_lse(*x, implementation=implementation))(q * 0, k, v)
     exact = np.asarray(v, np.float64)[:, 0].mean(0)
     assert np.abs(np.asarray(out, np.float64) - exact).max() <= 1.01 * float(jnp.finfo(dtype).eps) * exact.max()
     np.testing.assert_allclose(lse, np.log(S), rtol=1e-6)
@@ -300,7 +300,7 @@ def check_lengths(T, S, implementation):
     poisoned = x[0], *(jnp.where(live[..., None, None], a, jnp.nan) for a in x[1:])
     clean = x[0], *(jnp.where(live[..., None, None], a, 0) for a in x[1:])
 
-    @jit
+    @jax.jit
     def run(*x):
         def f(*x):
             out, lse = jattn.attention_with_lse(*x, mask=masks.Lengths(kv=lengths), implementation=implementation)
@@ -313,7 +313,7 @@ def check_lengths(T, S, implementation):
     exact = reference.attention(*clean, keep=keep)
     np.testing.assert_allclose(got[0], exact[0], **TOL)
     np.testing.assert_allclose(got[1], exact[1], **TOL)
-    want = jit(jax.grad(lambda *x: loss(*plain.attend(*x, keep)), (0, 1, 2)))(*clean)
+    want = jax.jit(jax.grad(lambda *x: loss(*plain.attend(*x, keep)), (0, 1, 2)))(*clean)
     chex.assert_trees_all_close(gradients, want, rtol=1e-4, atol=1e-4)
 
 
@@ -367,7 +367,7 @@ def test_c15_nothing_to_ask_or_nothing_to_answer(implementation, T, S, mask):
     at = {} if mask is None else dict(q_offset=0)
     given = (scores.ALiBi(jnp.ones(N)), scores.SoftCap(2.0)) if mask is not None else ()
 
-    @jit
+    @jax.jit
     def run(*x):
         def f(*x):
             out, lse = jattn.attention_with_lse(*x, mask=mask, scores=given, **at, implementation=implementation)

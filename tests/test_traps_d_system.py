@@ -17,7 +17,7 @@ import jattn
 from jattn import masks, scores
 from tests import plain, reference
 from tests.pictures import catalogue, draw
-from tests.plain import assert_close, jit, loss, qkv, quick
+from tests.plain import assert_close, loss, qkv, quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -66,11 +66,11 @@ def test_d1_vmap_over_each_argument_alone(implementation, name):
     """In front, behind and one in; None for all the others."""
     f = functools.partial(everything, implementation)
     given, several = arguments(0), [arguments(seed)[name] for seed in range(B)]
-    one_by_one = jit(lambda x: f(**{**given, name: x}))
+    one_by_one = jax.jit(lambda x: f(**{**given, name: x}))
     wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(one_by_one, several))
     for axis in {0, -1} | ({1} if several[0].ndim else set()):
 
-        @jit
+        @jax.jit
         def run(stacked, axis=axis):
             return jax.vmap(lambda x: f(**{**given, name: x}), in_axes=axis)(stacked)
 
@@ -82,8 +82,8 @@ def test_d1_vmap_over_all_arguments_and_batch_dims_agree(implementation):
     f = functools.partial(everything, implementation)
     several = [arguments(seed) for seed in range(B)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), *[jit(f)(**given) for given in several])
-    chex.assert_trees_all_close(jit(jax.vmap(lambda given: f(**given)))(stacked), wanted, rtol=1e-5, atol=1e-5)
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *[jax.jit(f)(**given) for given in several])
+    chex.assert_trees_all_close(jax.jit(jax.vmap(lambda given: f(**given)))(stacked), wanted, rtol=1e-5, atol=1e-5)
 
 
 TRANSFORMS = {
@@ -114,7 +114,7 @@ def test_d2_nested_transforms(implementation, name, x64):
         return loss(*plain.attend(*unravel(x), draw(2, 3, lambda i, j: j <= i + 1)))
 
     transform = TRANSFORMS[name]
-    assert_close(jit(transform(ours))(xs), jit(transform(wanted))(xs))
+    assert_close(jax.jit(transform(ours))(xs), jax.jit(transform(wanted))(xs))
 
 
 @both
@@ -130,7 +130,7 @@ def test_d3_vmap_of_vjp_with_a_broadcast_mask_and_bias(implementation, through):
         name = implementation if implementation == "dense" else "blockwise"
         return jattn.dot_product_attention(q, k, v, bias, mask, implementation=name)
 
-    @jit
+    @jax.jit
     def pull(q, k, v):
         def one(q, k, v):
             out, vjp = jax.vjp(f, q, k, v, bias)
@@ -172,8 +172,8 @@ def test_d4_gradient_of_a_checkpoint_under_every_policy(implementation, policy):
         return loss(out, lse)
 
     remat = jax.checkpoint(f, policy=POLICIES[policy])
-    got = jit(jax.grad(remat, (0, 1, 2)))(*qkv())
-    chex.assert_trees_all_close(got, jit(jax.grad(f, (0, 1, 2)))(*qkv()), rtol=1e-5, atol=1e-5)
+    got = jax.jit(jax.grad(remat, (0, 1, 2)))(*qkv())
+    chex.assert_trees_all_close(got, jax.jit(jax.grad(f, (0, 1, 2)))(*qkv()), rtol=1e-5, atol=1e-5)
 
 
 def shapes_within(jaxpr):
@@ -262,7 +262,7 @@ def test_d6_dropout_gradient_uses_the_mask_of_the_forward(implementation, x64):
     def f(x):
         return loss(dropped(*x, implementation=implementation))
 
-    @jit
+    @jax.jit
     def run(x, dx):
         along = sum((g * d).sum() for g, d in zip(jax.grad(f)(x), dx, strict=True))
         up, down = (f(jax.tree.map(lambda a, d, s=s: a + s * d, x, dx)) for s in (1e-5, -1e-5))
@@ -285,8 +285,8 @@ def test_d6_dropout_is_the_same_under_remat_and_vmap(implementation):
     """Under vmap each example is on its own: what it gets is what it would get without."""
     x = qkv(batch=(2,))
     f = functools.partial(dropped, implementation=implementation)
-    again = jit(jax.grad(jax.checkpoint(lambda *x: loss(f(*x))), (0, 1, 2)))(*x)
-    straight = jit(jax.grad(lambda *x: loss(dropped(*x)), (0, 1, 2)))(*x)
+    again = jax.jit(jax.grad(jax.checkpoint(lambda *x: loss(f(*x))), (0, 1, 2)))(*x)
+    straight = jax.jit(jax.grad(lambda *x: loss(dropped(*x)), (0, 1, 2)))(*x)
     chex.assert_trees_all_close(again, straight, rtol=1e-4, atol=1e-4)
     mapped = quick(jax.vmap(f), *x)
     for i in range(2):
@@ -315,7 +315,7 @@ def test_d6_dropout_follows_positions_not_chunks():
 def test_d7_each_key_drops_its_own_without_retracing(implementation):
     traces = []
 
-    @jit
+    @jax.jit
     def f(key):
         traces.append(1)
         return dropped(*qkv(), implementation=implementation, key=key)
@@ -342,7 +342,7 @@ def test_d8_dropout_is_used_and_keeps_the_mean(implementation):
     f = functools.partial(dropped, implementation=implementation)
     np.testing.assert_array_equal(quick(f, *x, rate=0.0), plain_out)
     assert (quick(f, *x, rate=0.999) == 0).mean() > 0.9
-    many = jit(jax.vmap(lambda key: f(*x, key=key, rate=0.3)))(jax.random.split(KEY, 2000))
+    many = jax.jit(jax.vmap(lambda key: f(*x, key=key, rate=0.3)))(jax.random.split(KEY, 2000))
     assert (np.abs(many.mean(0) - plain_out) <= 5 * many.std(0) / np.sqrt(2000) + 1e-6).all()
 
 
@@ -368,7 +368,7 @@ def test_d9_the_same_inputs_give_the_same_bits(implementation):
     def f(x):
         return loss(*jattn.attention_with_lse(*x, mask=masks.Causal(), q_offset=12, implementation=implementation))
 
-    chex.assert_trees_all_equal(jit(jax.value_and_grad(f))(x), jit(jax.value_and_grad(f))(x))
+    chex.assert_trees_all_equal(jax.jit(jax.value_and_grad(f))(x), jax.jit(jax.value_and_grad(f))(x))
 
 
 def loops(f, *x):
@@ -411,10 +411,10 @@ def test_d11_sharded_batch_or_heads_need_no_collective(implementation, axis, kin
     with jax.set_mesh(mesh(kind)):
         sharding = NamedSharding(mesh(kind), spec)
         shards = jax.device_put(x, sharding)
-        compiled = jit(f, out_shardings=sharding).lower(*shards).compile()
+        compiled = jax.jit(f, out_shardings=sharding).lower(*shards).compile()
         got = jax.device_get(compiled(*shards))
     assert not [name for name in COLLECTIVES if name in compiled.as_text()]
-    chex.assert_trees_all_close(got, jit(f)(*x), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(got, jax.jit(f)(*x), rtol=1e-5, atol=1e-5)
 
 
 @both
@@ -424,8 +424,8 @@ def test_d11_shard_map(implementation):
     def f(q, k, v):
         return jattn.attention(q, k, v, mask=masks.Causal(), q_offset=2, implementation=implementation)
 
-    mapped = jit(jax.shard_map(f, mesh=mesh(), in_specs=P("x"), out_specs=P("x")))
-    np.testing.assert_allclose(mapped(*x), jit(f)(*x), **TOL)
+    mapped = jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("x"), out_specs=P("x")))
+    np.testing.assert_allclose(mapped(*x), jax.jit(f)(*x), **TOL)
 
 
 @both
@@ -433,7 +433,7 @@ def test_d11_shard_map(implementation):
 def test_d12_any_number_of_leading_dims(implementation, batch):
     x = qkv(batch=batch)
     kept = np.random.default_rng(0).random((*batch, 1, T, S)) < 0.7
-    attend = jit(lambda *x: jattn.attention_with_lse(*x, mask=jnp.asarray(kept), implementation=implementation))
+    attend = jax.jit(lambda *x: jattn.attention_with_lse(*x, mask=jnp.asarray(kept), implementation=implementation))
     out, lse = attend(*x)
     exact = reference.attention(*x, keep=kept)
     np.testing.assert_allclose(out, exact[0], **TOL)
@@ -460,7 +460,7 @@ def test_d13_the_x64_flag_changes_no_dtype(implementation, x64):
     ):
         given = scores.ALiBi(jnp.ones(N, jnp.float32)), scores.RelativePosition(jnp.ones((32, N), jnp.float32))
 
-        @jit
+        @jax.jit
         def f(*x, at=at, given=given):
             attend = functools.partial(
                 jattn.attention_with_lse, mask=mask, scores=given, implementation=implementation, **at
