@@ -376,7 +376,7 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     if width < kinds.shape[1]:
         order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
         kinds = np.take_along_axis(kinds, order, axis=1)
-        if _is_band(plan.blocks, len(order), width, S):
+        if _is_band(plan.blocks, kinds, S):
             kinds = np.where((kinds == FULL).all(1, keepdims=True) & decided, FULL, PARTIAL)
             present = tuple(sorted({int(kind) for kind in kinds.flat}))
             return Visits(order[:, None], np.searchsorted(present, kinds).astype(np.int32), present, width, S)
@@ -388,10 +388,14 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, 1, S)
 
 
-def _is_band(blocks: tuple[int, ...], rows: int, width: int, S: int) -> bool:
-    """Whether each block of rows visits so few that gathering them costs little, and that they make one block."""
+def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
+    """Whether each block of rows visits so few that gathering them costs little, and that they make one block.
+
+    And nearly as many as the others: what the `kinds` of its visits, `[rows, width]`, call EMPTY is computed too.
+    """
     *_, G, block_q, block_kv = blocks
-    return width > 0 and rows * width * block_kv <= 4 * S and G * block_q * width * block_kv <= _SCORES_AT_MOST
+    gathered, scores = kinds.size * block_kv, G * block_q * kinds.shape[1] * block_kv
+    return 0 < gathered <= 4 * S and scores <= _SCORES_AT_MOST and float(np.mean(kinds != EMPTY)) >= 0.75
 
 
 def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
