@@ -31,8 +31,9 @@ class Blockwise:
     """Block sizes, for `implementation=`; None chooses. Results do not depend on them beyond rounding.
 
     Args:
-      block_q: queries in a block. block_kv: keys in a block. Where a mask leaves each block of queries few blocks of
-        keys, as a window does, they are taken at once.
+      block_q: queries in a block.
+      block_kv: keys in a block. Where the mask is known while tracing and leaves each block of queries few keys, as a
+        window does, they are taken at once: up to 2**20 scores for each key/value head.
     """
 
     block_q: int | None = None
@@ -124,7 +125,7 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
         weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
         return dl + de.sum(-1), do + softmax.weigh(dweights, v) + softmax.weigh(weights, dv)
 
-    dl, do = sweep.sweep(plan, start, step, problem, directions, at.m[..., None], (at.l > 0)[..., None])
+    dl, do = sweep.sweep(plan, start, step, problem, directions, at.m[..., None], (at.l != 0)[..., None])
     return Running(jnp.zeros_like(at.m), dl, do)
 
 
@@ -164,10 +165,10 @@ _IN_CACHE = 2**19  # scores of whole problems taken together
 
 
 def _work(problem: Problem, block_q: int, block_kv: int) -> float:
-    """The time to go through all blocks of one head, in scores of a large block, as measured on a CPU.
+    """The time to go through all blocks of one head, as measured on a CPU; inf where it is not known while tracing.
 
-    A visit costs something in itself, and a score more in a small one, for there the products are slower, or where the
-    mask must be looked at.
+    The unit is one score in a visit of 2**20. A score costs more in a smaller one, for there the products are slower,
+    and where the mask must be looked at; and a visit costs as much as 2**12 scores in itself.
     """
     *_, G, T, S = problem.sizes
     if not (isinstance(T, int) and isinstance(S, int)) or -(-T // block_q) * -(-S // block_kv) > 2**20:
@@ -176,7 +177,7 @@ def _work(problem: Problem, block_q: int, block_kv: int) -> float:
     visits = sweep.visits_of(sweep.plan(problem, blocks), problem)
     if visits.kinds is None:
         return math.inf
-    scores = math.prod(blocks) * visits.together
+    scores = math.prod(blocks) * visits.width
     a_score = 1 + 0.05 * max(math.log2(2**20 / max(scores, 1)), 0) ** 2
     kinds = np.take(visits.present, visits.kinds)
     return (scores * a_score + 2**12) * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))

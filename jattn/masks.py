@@ -13,8 +13,8 @@ whether a whole block is empty, full or partial, without looking inside.
 Arrays that masks carry have the batch dims in front, aligned right; with one more leading dim than the batch has, that
 dim is the heads. Every array is dynamic: new arrays do not recompile. Every int is static: blocks are decided while
 tracing. Blocks that arrays decide are skipped while running, where examples and heads are gone through one by one: on a
-CPU, and not under `vmap` over such an array (give the batch as leading dims instead). Several devices would have to
-agree on them, so there they are masked instead.
+CPU. Under `vmap` over such an array a block is skipped if it is empty for all examples (with the batch as leading dims,
+for each). Several devices would have to agree on them, so there they are masked instead.
 """
 
 import math
@@ -128,7 +128,8 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
     verdict = Interval.of(jax.tree.map(interval, mask)(interval(q_pos), interval(kv_pos)))
-    xp = np if isinstance(verdict.lo, np.ndarray | np.bool_) and isinstance(verdict.hi, np.ndarray | np.bool_) else jnp
+    static = all(isinstance(x, np.ndarray | np.bool_ | int) for x in (verdict.lo, verdict.hi, *shape))
+    xp = np if static else jnp
     return ~xp.broadcast_to(verdict.hi, shape), xp.broadcast_to(verdict.lo, shape)
 
 

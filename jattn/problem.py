@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         return softmax.start(self.sizes[:-1], self.v.shape[-1], checks.wide(self.q), self.sink_logits())
 
     def take(self, state: Running, keep: jax.Array | None) -> Running:
-        """Takes the keys of the problem, those that `keep` lets, into the running softmax."""
+        """Takes the keys that `keep` allows (None: all) into the running softmax."""
         s, v = self.scores(keep)
         return softmax.update(state, s, v, keep, self.factor())
 

@@ -77,8 +77,8 @@ def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
 @jax.jit
 def output(state: Running) -> jax.Array:
     """Returns out = o / l, `[..., T, V]`; 0 where no key was kept."""
-    # As (o / c) (c / l) with c = l: the derivative by l is a product with out then, not a sum over quotients, for which
-    # XLA takes thirty times as long on a CPU.
+    # With c = l held constant, (o / c)(c / l): the derivative by l is then a product with out and not a sum over
+    # quotients, for which XLA takes thirty times as long on a CPU.
     l = jnp.where(state.l == 0, 1, state.l)  # noqa: E741
     c = lax.stop_gradient(l)
     return jnp.einsum("...v,...->...v", state.o / c[..., None], c / l, precision=lax.Precision.HIGHEST)

@@ -17,7 +17,7 @@ from jattn import masks
 from jattn.problem import Problem, Range, move
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-_SCORES_AT_MOST = 2**20  # in a visit of several blocks
+_SCORES_AT_MOST = 2**20  # in a visit of several blocks, for one key/value head
 
 
 class Plan(NamedTuple):
@@ -36,9 +36,9 @@ def plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
 def sweep(plan: Plan, start: Callable, step: Callable, problem: Problem, directions: Any, *residuals: Any) -> Any:
     """Goes through the blocks of a problem: batch, then heads, then rows, and keys innermost.
 
-    For each block of rows and heads: state = start(rows); state = step(state, keep, block) for each block of keys that
-    is not empty. Rows and blocks are the operands (problem, directions, *residuals), cut to size; states are linear in
-    directions.
+    For each block of rows and heads: state = start(rows); state = step(state, keep, block) for each visit of keys: one
+    block that is not empty, or all blocks of a band at once. Rows and blocks are the operands (problem, directions,
+    *residuals), cut to size; states are linear in directions.
 
     Returns:
       the last states, each array `[*B, K, G, T, ...]`, as `start` makes them for the problem as a whole.
@@ -171,10 +171,10 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
     *_, axis, _ = range(len(blocks))
     size, block = operands[0].sizes[axis], blocks[axis]
     roles = _roles(blocks, operands)
-    keys, row = _by_keys(run, visits, blocks, roles, operands)
+    keys, run_row = _by_keys(run, visits, blocks, roles, operands)
     if isinstance(size, int) and size == block:
         keys, order, kinds = jax.tree.map(lambda of_rows: of_rows[0], (keys, visits.order, visits.kinds))
-        return row(operands, keys, Row(order, kinds, None))
+        return run_row(operands, keys, Row(order, kinds, None))
     # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
     outside = max(axis - 2, 0)
 
@@ -187,7 +187,7 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
     def rows(x: Any) -> Any:
         start, piece, keys, order, kinds = x
         live = size - start if _is_ragged(size, block) else None
-        results = row(together(piece), keys, Row(order, kinds, live))
+        results = run_row(together(piece), keys, Row(order, kinds, live))
         return jax.tree.map(lambda result: move(result, axis, outside), results)
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
@@ -214,19 +214,20 @@ def _roles(blocks: tuple[int, ...], operands: Any) -> list[Role]:
 def _by_keys(
     run: Callable, visits: "Visits", blocks: tuple[int, ...], roles: list[Role], operands: Any
 ) -> tuple[Any, Callable]:
-    """Cuts into blocks of keys what has no rows, once for all of them.
+    """Cuts keys into blocks: what has no rows is cut here, once for all rows.
 
     Returns:
-      what each block of rows is to be given of that, `[rows, ...]` (nothing if all are given the same), and a function
+      the keys of each block of rows, `[rows, ...]`, if they are a band (else None, for all share them), and a function
       that runs over the blocks of keys that one block of rows visits.
     """
     S_axis, block, forward = len(blocks) - 1, blocks[-1], not operands[1]
 
     def cut(leaf: jax.Array, order: Any) -> Cut | None:
-        if visits.together > 1:
+        if visits.width > 1:
             leaf = _take_blocks(leaf, S_axis, block, order)
-        pieces = _cut(leaf, S_axis, block * visits.together)
-        # A loop copies each piece that it is given, visited or not. Only what is differentiated needs that.
+        pieces = _cut(leaf, S_axis, block * visits.width)
+        # A loop copies each piece that it goes through, visited or not. An index copies nothing, but its transpose
+        # would add to the whole gradient at every visit.
         return _by_index(pieces) if forward else pieces
 
     def cut_shared(leaf: jax.Array, role: Role) -> Cut | None:
@@ -239,7 +240,7 @@ def _by_keys(
 
     shared, with_shared = _split(operands, cut_shared, roles)
 
-    def row(operands: Any, band: Any, row: Row) -> Any:
+    def run_row(operands: Any, band: Any, row: Row) -> Any:
         def cut_own(leaf: jax.Array, role: Role) -> Cut | None:
             return cut(leaf, row.order) if role.rows and role.keys else None
 
@@ -247,10 +248,10 @@ def _by_keys(
         keys = (shared if band is None else jax.tree.map(lambda piece: piece[None], band), own)
         if band is None and row.order is not None:
             keys = jax.tree.map(lambda pieces: pieces[row.order[:, 0]], keys)
-        together = lambda operands, keys: with_shared(keys[0], with_own(keys[1], operands))  # noqa: E731
-        return run(blocks, operands, keys, together, row)
+        with_keys = lambda operands, keys: with_shared(keys[0], with_own(keys[1], operands))  # noqa: E731
+        return run(blocks, operands, keys, with_keys, row)
 
-    return shared if visits.together > 1 else None, row
+    return shared if visits.width > 1 else None, run_row
 
 
 def _take_blocks(leaf: jax.Array, axis: int, block: int, order: Any) -> jax.Array:
@@ -265,11 +266,14 @@ def _take_blocks(leaf: jax.Array, axis: int, block: int, order: Any) -> jax.Arra
 
 
 def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
-    """The block of rows at `start`; where the last one ends behind the array, it is filled up with anything."""
+    """The block of rows at `start`; where the last one ends behind the array, it is filled up with 0."""
     rows = lax.dynamic_slice_in_dim(leaf, start, block, axis)
     if not _is_ragged(leaf.shape[axis], block):
         return rows
-    return jnp.roll(rows, jnp.minimum(leaf.shape[axis] - block - start, 0), axis)  # the slice was held back to fit
+    size = leaf.shape[axis]
+    rows = jnp.roll(rows, jnp.minimum(size - block - start, 0), axis)  # the slice was held back to fit
+    index = jnp.arange(block, dtype=jnp.int32).reshape((block,) + (1,) * (leaf.ndim - axis - 1))
+    return jnp.where(index < size - start, rows, jnp.zeros((), rows.dtype))
 
 
 def _pad(leaf: jax.Array, axis: int, block: int) -> jax.Array:
@@ -297,7 +301,8 @@ def _tile(
     if order is None:
         order = jnp.arange(-(-visits.S // block), dtype=jnp.int32)[:, None]
     if kinds is None and len(visits.present) > 1:
-        kinds = jnp.asarray(_kinds(operands[0].mask, operands[0].q_pos, operands[0].kv_pos, blocks)[0])[order[:, 0]]
+        problem = operands[0]
+        kinds = _agreed(jnp.asarray(_kinds(problem.mask, problem.q_pos, problem.kv_pos, blocks)[0])[order[:, 0]])
 
     def keep(problem: Problem, j: jax.Array) -> jax.Array:
         keep = problem.mask(problem.q_pos, problem.kv_pos)
@@ -330,6 +335,20 @@ def _tile(
     return _with_keys_axis(state, axis)
 
 
+@jax.custom_batching.custom_vmap
+def _agreed(kinds: jax.Array) -> jax.Array:
+    """Under `vmap`: PARTIAL where examples differ, so that they take one branch together.
+
+    A `lax.switch` whose index differs between examples would run all branches, and has no gradient.
+    """
+    return kinds
+
+
+@_agreed.def_vmap
+def _agreed_by_all(size: int, batched: list[bool], kinds: jax.Array) -> tuple[jax.Array, bool]:
+    return _agreed(jnp.where((kinds == kinds[:1]).all(0), kinds[0], jnp.int32(PARTIAL))), False
+
+
 def _with_keys_axis(states: Any, S_axis: int) -> Any:
     """Gives states `[*B, K, G, T, ...]` the axis S that everything else has, of 1."""
     return jax.tree.map(lambda state: jnp.expand_dims(state, S_axis), states)
@@ -346,7 +365,7 @@ def _varying(states: Any, problem: Problem) -> Any:
 class Row(NamedTuple):
     """What one block of rows visits."""
 
-    order: Any  # [visits, together]  the blocks of keys; None: all, one by one
+    order: Any  # [visits, width]  the blocks of keys; None: all, one by one
     kinds: Any  # [visits]  what each visit is, as an index of `present`; None: arrays decide
     live: jax.Array | None  # how many rows are no padding; None: all
 
@@ -354,10 +373,10 @@ class Row(NamedTuple):
 class Visits(NamedTuple):
     """Which blocks of keys each block of rows visits, as far as is known while tracing."""
 
-    order: np.ndarray | None  # [rows, visits, together]  the blocks; None: all, one by one
+    order: np.ndarray | None  # [rows, visits, width]  the blocks; None: all, one by one
     kinds: np.ndarray | None  # [rows, visits]  what each visit is, as an index of `present`; None: arrays decide
     present: tuple[int, ...]  # the kinds there are
-    together: int  # blocks taken in one visit
+    width: int  # how many blocks a visit takes
     S: int
 
 
@@ -372,20 +391,18 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
         decided = jax.device_count() > 1 and any(block != 1 for block in plan.blocks[:-3])
     if kinds is None:
         return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, S)
-    order, width = None, int((kinds != EMPTY).sum(1).max(initial=0))
-    if width < kinds.shape[1]:
-        order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :width].astype(np.int32)
-        kinds = np.take_along_axis(kinds, order, axis=1)
-        if _is_band(plan.blocks, kinds, S):
-            kinds = np.where((kinds == FULL).all(1, keepdims=True) & decided, FULL, PARTIAL)
-            present = tuple(sorted({int(kind) for kind in kinds.flat}))
-            return Visits(order[:, None], np.searchsorted(present, kinds).astype(np.int32), present, width, S)
-        order = order[:, :, None]
+    order, width, most = None, 1, int((kinds != EMPTY).sum(1).max(initial=0))
+    if most < kinds.shape[1]:
+        order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :most, None].astype(np.int32)
+        kinds = np.take_along_axis(kinds, order[:, :, 0], axis=1)
+        if decided and _is_band(plan.blocks, kinds, S):
+            order, width = np.swapaxes(order, 1, 2), most
+            kinds = np.where((kinds == FULL).all(1, keepdims=True), FULL, PARTIAL)
     if not decided:
-        return Visits(order, None, (EMPTY, PARTIAL, FULL), 1, S)
+        return Visits(order, None, (EMPTY, PARTIAL, FULL), width, S)
     # Where there is no block at all the loop is traced still, so it wants a branch.
     present = tuple(sorted({int(kind) for kind in kinds.flat})) or (EMPTY,)
-    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, 1, S)
+    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width, S)
 
 
 def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
@@ -394,8 +411,9 @@ def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
     And nearly as many as the others: what the `kinds` of its visits, `[rows, width]`, call EMPTY is computed too.
     """
     *_, G, block_q, block_kv = blocks
-    gathered, scores = kinds.size * block_kv, G * block_q * kinds.shape[1] * block_kv
-    return 0 < gathered <= 4 * S and scores <= _SCORES_AT_MOST and float(np.mean(kinds != EMPTY)) >= 0.75
+    rows, keys = len(kinds), kinds.shape[1] * block_kv
+    few = 0 < keys <= S // 2 and rows * keys <= 4 * S and G * block_q * keys <= _SCORES_AT_MOST
+    return few and float(np.mean(kinds != EMPTY)) >= 0.75
 
 
 def _static_kinds(mask: masks.Mask, plan: Plan, sizes: tuple[int, ...]) -> np.ndarray | None:
@@ -463,7 +481,7 @@ class Cut(NamedTuple):
 
 
 def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piece: piece) -> Cut | None:
-    """Cuts an axis into blocks, `[pieces, ..., block, ...]`, the last padded with 0; None if the axis is 1."""
+    """Cuts an axis into blocks, `[pieces, ..., block, ...]`, the last padded as `_pad` does; None if the axis is 1."""
     size = leaf.shape[axis]
     if _is_one(size):
         return None

@@ -24,7 +24,7 @@ def judge(mode: str, p: problems.Problem):
         return problems.assert_close(actual, exact, tol=1e-12)
     plain = problems.run(MODES[mode], p.naive, p)
     for a, e, x in zip(*map(jax.tree.leaves, (actual, exact, plain)), strict=True):
-        # Two layers and two derivatives magnify the last digit, the plain code's as much as ours, by luck.
+        # Two layers and two derivatives magnify rounding, in the plain code as in ours: either may be off by chance.
         reference.assert_within_budget(a, e, x, slack=8 if mode in FAMILIES["further"] else 4)
 
 

@@ -60,6 +60,17 @@ def test_export_with_symbolic_batch_and_length(implementation):
         close(exported.call(*args), value_and_gradient(*args, implementation="dense"))
 
 
+@pytest.mark.parametrize("mask", [None, masks.Empty(), masks.Causal()], ids=str)
+def test_export_with_symbolic_lengths_and_no_arrays(mask):
+    def f(q, k, v, implementation=SMALL):
+        return jattn.attention(q, k, v, mask=mask, q_offset=0, implementation=implementation)
+
+    t, s = jax.export.symbolic_shape("t, s")
+    args = draw()
+    specs = [jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for n, x in zip((t, s, s), args, strict=True)]
+    close(jax.export.export(jax.jit(f))(*specs).call(*args), f(*args, implementation="dense"))
+
+
 @pytest.mark.parametrize("implementation", [None, SMALL], ids=str)
 def test_export_with_two_symbolic_lengths(implementation):
     def f(q, k, v, lengths, offset, implementation=implementation):
@@ -307,7 +318,7 @@ def vmap_over(option, axis, implementation):
     arrays, build = OPTIONS[option]
     q, k, v = draw()
 
-    def f(*arrays):
+    def f(q, *arrays):
         chosen = {"q_offset": 2} | build(*arrays)
         if "q_positions" in chosen:
             del chosen["q_offset"]
@@ -318,9 +329,17 @@ def vmap_over(option, axis, implementation):
 
     axes = [min(axis, x.ndim) for x in arrays]
     several = [np.stack([x, other(x)], axis=a) for x, a in zip(arrays, axes, strict=True)]
-    out, alone = jax.jit(jax.vmap(f, in_axes=axes))(*several), jax.jit(f)
-    for i, row in enumerate((arrays, [other(x) for x in arrays])):
-        close(jax.tree.map(lambda x, i=i: x[i], out), alone(*row))
+
+    def mapped(q):
+        return jax.vmap(f, in_axes=(None, *axes))(q, *several)
+
+    def one_by_one(q):
+        return jax.tree.map(lambda *x: jnp.stack(x), f(q, *arrays), f(q, *map(other, arrays)))
+
+    def with_gradient(f):
+        return jax.jit(lambda q: (f(q), jax.grad(modes.loss(f), 0)(q)))(q)
+
+    close(with_gradient(mapped), with_gradient(one_by_one))
 
 
 def test_vmap_over_all_together_and_nested():
