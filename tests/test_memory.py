@@ -1,6 +1,7 @@
 """Memory linear in the sequence length, in every mode, for every mask and score; only compiled, never run."""
 
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ def grown(tree, T):
 
 
 # What decides about buffers is as it is by default; only LLVM, which comes after, is spared.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
+OPTIONS = {"xla_backend_optimization_level": 0}
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = True
 
 
 @pytest.fixture(autouse=True)
