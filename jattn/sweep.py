@@ -401,7 +401,7 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     if not decided:
         return Visits(order, None, (EMPTY, PARTIAL, FULL), width, S)
     # Where there is no block at all the loop is traced still, so it wants a branch.
-    present = tuple(sorted({int(kind) for kind in kinds.flat})) or (EMPTY,)
+    present = tuple(kind for kind in (EMPTY, PARTIAL, FULL) if (kinds == kind).any()) or (EMPTY,)
     return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width, S)
 
 
