@@ -258,11 +258,8 @@ def _take_blocks(leaf: jax.Array, axis: int, block: int, order: Any) -> jax.Arra
     """The blocks `order` of an axis, one after the other, the last padded; the leaf itself if the axis is 1."""
     if _is_one(leaf.shape[axis]):
         return leaf
-    leaf = _pad(leaf, axis, block)
-    shape = leaf.shape
-    blocks = leaf.reshape((*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :]))
-    taken = jnp.take(blocks, order.reshape(-1), axis=axis, mode="clip")
-    return taken.reshape((*shape[:axis], order.size * block, *shape[axis + 1 :]))
+    taken = jnp.take(_in_blocks(leaf, axis, block), order.reshape(-1), axis=axis, mode="clip")
+    return lax.collapse(taken, axis, axis + 2)
 
 
 def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
@@ -272,18 +269,27 @@ def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Ar
         return rows
     size = leaf.shape[axis]
     rows = jnp.roll(rows, jnp.minimum(size - block - start, 0), axis)  # the slice was held back to fit
-    index = jnp.arange(block, dtype=jnp.int32).reshape((block,) + (1,) * (leaf.ndim - axis - 1))
+    index = _along(axis, leaf.ndim, jnp.arange(block, dtype=jnp.int32))
     return jnp.where(index < size - start, rows, jnp.zeros((), rows.dtype))
 
 
-def _pad(leaf: jax.Array, axis: int, block: int) -> jax.Array:
-    """Fills up the last block along `axis`: with 0, but positions and ids with the last, so that blocks stay narrow."""
-    if not _is_ragged(leaf.shape[axis], block):
-        return leaf
-    short = -(-leaf.shape[axis] // block) * block - leaf.shape[axis]
-    widths = [(0, short if a == axis else 0) for a in range(leaf.ndim)]
-    narrow = jnp.issubdtype(leaf.dtype, jnp.signedinteger) and leaf.shape[axis] != 0
-    return jnp.pad(leaf, widths, mode="edge") if narrow else jnp.pad(leaf, widths)
+def _in_blocks(leaf: jax.Array, axis: int, block: int) -> jax.Array:
+    """Makes an axis two, `[..., blocks, block, ...]`.
+
+    The last block is filled up: with 0, but positions and ids with the last, so that blocks stay narrow.
+    """
+    *lead, size = leaf.shape[: axis + 1]
+    count = -(-size // block)
+    if _is_ragged(size, block):
+        widths = [(0, count * block - size if a == axis else 0) for a in range(leaf.ndim)]
+        narrow = jnp.issubdtype(leaf.dtype, jnp.signedinteger) and size != 0
+        leaf = jnp.pad(leaf, widths, mode="edge") if narrow else jnp.pad(leaf, widths)
+    return leaf.reshape((*lead, count, block, *leaf.shape[axis + 1 :]))
+
+
+def _along(axis: int, ndim: int, index: jax.Array) -> jax.Array:
+    """The one axis of `index` as the axis `axis` of `ndim`, the others being 1."""
+    return jnp.expand_dims(index, [a for a in range(ndim) if a != axis])
 
 
 def _tile(
@@ -308,10 +314,10 @@ def _tile(
         keep = problem.mask(problem.q_pos, problem.kv_pos)
         if _is_ragged(visits.S, block):
             index = j[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None]
-            keep = keep & (index.reshape((1,) * axis + (index.size,)) < visits.S)
+            keep = keep & (_along(axis, axis + 1, index.reshape(-1)) < visits.S)
         if live is not None:  # what fills up the last rows asks nothing, so that it cannot let a NaN in
-            index = jnp.arange(blocks[-2], dtype=jnp.int32).reshape((1,) * (axis - 1) + (blocks[-2], 1))
-            keep = keep & (index < live)
+            index = jnp.arange(blocks[-2], dtype=jnp.int32)
+            keep = keep & (_along(axis - 1, axis + 1, index) < live)
         return jnp.broadcast_to(keep, problem.sizes)
 
     def partial(state: Any, j: jax.Array, operands: Any, keys: Any) -> Any:
@@ -481,13 +487,10 @@ class Cut(NamedTuple):
 
 
 def _cut(leaf: jax.Array, axis: int, block: int, restore: Callable = lambda piece: piece) -> Cut | None:
-    """Cuts an axis into blocks, `[pieces, ..., block, ...]`, the last padded as `_pad` does; None if the axis is 1."""
-    size = leaf.shape[axis]
-    if _is_one(size):
+    """Cuts an axis into blocks, `[pieces, ..., block, ...]`, as `_in_blocks` does; None if the axis is 1."""
+    if _is_one(leaf.shape[axis]):
         return None
-    leaf = _pad(leaf, axis, block)
-    shape = leaf.shape
-    pieces = move(leaf.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :])), axis, 0)
+    pieces = move(_in_blocks(leaf, axis, block), axis, 0)
     # Axes of 1 stay at home: they make XLA copy what it carries into a loop.
     whole = pieces.shape[1:]
     pieces = pieces.reshape((pieces.shape[0], *(n for n in whole if not _is_one(n))))
@@ -511,7 +514,4 @@ def _payload_first(cut: Cut | None) -> Cut | None:
 
 def _join(pieces: jax.Array, axis: int, size: int) -> jax.Array:
     """Undoes `_cut`: `[pieces, ..., block, ...]` to `[..., size, ...]`."""
-    joined = move(pieces, 0, axis)
-    shape = joined.shape
-    joined = joined.reshape((*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
-    return lax.slice_in_dim(joined, 0, size, axis=axis)
+    return lax.slice_in_dim(lax.collapse(move(pieces, 0, axis), axis, axis + 2), 0, size, axis=axis)
