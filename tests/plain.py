@@ -1,11 +1,13 @@
-"""Attention written down plainly in jax.numpy: the other side of every gradient comparison.
+"""What a test of one feature wants at hand: operands, the obvious attention, a loss, its derivatives, a comparison.
 
-One dense einsum after another, in the precision of the inputs; nothing of jattn is imported.
+Nothing of jattn is imported.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from tests import naive
 
 
 def quick(f, *arrays, **options):
@@ -29,20 +31,7 @@ def logits(q, k, scale=None):
 def attend(q, k, v, allowed=True, score=lambda s: s, *, sink=None, scale=None):
     """(out, lse); `score` maps logits [..., N, T, S], `allowed` broadcasts to them, `sink` is [N]."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # it is jattn that must be strict
-        s = score(logits(q, k, scale))
-    allowed = jnp.broadcast_to(jnp.asarray(allowed), s.shape)
-    s = jnp.where(allowed, s, 0)
-    m = jnp.max(s, axis=-1, keepdims=True, where=allowed, initial=jnp.finfo(s.dtype).min)
-    sink = jnp.full(m.shape, -jnp.inf, s.dtype) if sink is None else jnp.broadcast_to(sink[:, None, None], m.shape)
-    m = jax.lax.stop_gradient(jnp.maximum(m, sink))
-    p = jnp.where(allowed, jnp.exp(jnp.where(allowed, s - m, 0)), 0)
-    total = p.sum(-1, keepdims=True) + jnp.exp(sink - m)
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    v = jnp.repeat(v, q.shape[-2] // v.shape[-2], axis=-2)
-    out = jnp.einsum("...nts,...snv->...tnv", p / total, v)
-    lse = jnp.where(some, m + jnp.log(total), -jnp.inf)
-    return out, jnp.swapaxes(lse[..., 0], -1, -2)
+        return naive.attention(q, k, v, keep=allowed, scores=(lambda s, _: score(s),), sink=sink, scale=scale)
 
 
 def loss(out, lse=None):

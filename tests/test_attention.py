@@ -363,6 +363,21 @@ def test_rows_that_fill_up_the_last_block_let_no_nan_in(T, blocks, unseen, optio
     chex.assert_trees_all_close(blockwise, everything("dense"), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_fill_up_the_last_block_let_no_nan_of_a_bias_in():
+    """A [T, S] bias may hold anything where the mask hides it."""
+    q, k, v = few(5, 5)
+
+    def everything(bias, implementation):
+        def total(*x):
+            chosen = dict(mask=masks.Causal(), scores=(jattn.scores.Bias(bias),), implementation=implementation)
+            return jnp.sin(jattn.attention(*x, **chosen)).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+
+    hidden = everything(jnp.where(jnp.tri(5) > 0, 0, jnp.nan), jattn.Blockwise(4, 4))
+    chex.assert_trees_all_close(hidden, everything(jnp.zeros((5, 5)), "dense"), rtol=1e-5, atol=1e-6)
+
+
 @every_implementation
 def test_a_sink_of_minus_infinity_is_none(implementation):
     q, k, v = few(4, 4)

@@ -483,24 +483,6 @@ def test_the_opposite_of_a_function_that_says_true_is_false():
     assert not np.any((~masks.Function(lambda q_pos, kv_pos: True)).to_array(2, 2))
 
 
-def test_what_fills_up_the_last_rows_lets_no_nan_in():
-    """A [T, S] bias may hold anything where the mask hides it, also in a block of rows that is not full."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(5, 1, 3))) for _ in range(3))
-    hidden = jnp.where(np.tri(5) > 0, 0, jnp.nan)
-
-    def f(bias, implementation):
-        def total(q, k, v):
-            options = {"mask": Causal(), "scores": (scores.Bias(bias),), "implementation": implementation}
-            return jnp.sin(jattn.attention(q, k, v, **options)).sum()
-
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
-
-    wanted = f(jnp.zeros((5, 5)), "dense")
-    for x, y in zip(jax.tree.leaves(f(hidden, jattn.Blockwise(4, 4))), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("mask", "visits"),
     [
