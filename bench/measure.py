@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -102,14 +103,13 @@ def sample(call: Callable[[], Any], calls: int, settle: bool = False) -> float:
 
 
 def in_turn(calls: list[Callable[[], Any]], rounds: int, seconds: float) -> list[list[float]]:
-    """Times per call of each, one sample a round, starting with another one each round."""
+    """Times per call of each, one sample a round, in another order each round: nobody always follows the same one."""
     once = [sample(call, 1) for call in calls]
     repeats = [max(1, min(1000, int(SAMPLE_S / t))) for t in once]
     cost = sum(t * (n + 1) for t, n in zip(once, repeats, strict=True)) + SETTLE_S * len(calls)
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(min(rounds, max(3, rounds // 3, int(seconds / cost)))):
-        for i in range(len(calls)):
-            i = (i + turn) % len(calls)
+        for i in random.Random(turn).sample(range(len(calls)), len(calls)):
             times[i].append(sample(calls[i], repeats[i], settle=once[i] < 0.05))
     return times
 
