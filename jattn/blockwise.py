@@ -133,8 +133,8 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     """Returns the block size along each of `[*B, K, G, T, S]`.
 
     Rows and keys: the candidate that does the least work under the mask, where that is known while tracing. On a CPU,
-    as many examples and heads at once as keep the scores in cache; elsewhere all of them, and also along an axis
-    that may be sharded, because a loop over a sharded axis gathers it.
+    as many examples and heads at once as stay in cache; elsewhere all of them, and also along an axis that may be
+    sharded, because a loop over a sharded axis gathers it.
     """
     *lead, G, T, S = problem.sizes
     candidates = [
@@ -143,8 +143,10 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     block_q, block_kv = min(candidates, key=lambda candidate: _work(problem, *candidate))
     decided = sweep.static_kinds(problem, problem.sizes) is not None
     looping, devices = jax.default_backend() == "cpu", jax.device_count()
-    one_block = block_q == T and block_kv == S
-    room = _IN_CACHE // max(G * T * S, 1) if one_block and decided else 1
+    room = 1
+    if decided and block_q == T and block_kv == S:
+        a_key = max(G * T, problem.q.shape[-1] + problem.v.shape[-1])  # its scores, or the key and value themselves
+        room = _IN_CACHE // max(a_key * S, 1)
     blocks: list[int] = []
     for size in reversed(lead):
         sharded = devices > 1 and isinstance(size, int) and math.gcd(size, devices) > 1
@@ -159,9 +161,10 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     return (*reversed(blocks), G, block_q, block_kv)
 
 
-# Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
-_CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128))
-_IN_CACHE = 2**19  # scores of whole problems taken together
+# Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing; the
+# last for few queries and many keys, as in decoding.
+_CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128), (16, 2**15))
+_IN_CACHE = 2**19  # scores, or numbers in keys and values, of whole problems taken together
 
 
 def _work(problem: Problem, block_q: int, block_kv: int) -> float:
