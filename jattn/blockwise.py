@@ -20,6 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jattn import softmax, sweep
 from jattn.problem import Problem
@@ -146,7 +147,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     room = 1
     if decided and block_q == T and block_kv == S:
         a_key = max(G * T, problem.q.shape[-1] + problem.v.shape[-1])  # its scores, or the key and value themselves
-        room = _IN_CACHE // max(a_key * S, 1)
+        room = _IN_CACHE // max(_mapped(problem.q, problem.k, problem.v) * a_key * S, 1)
     blocks: list[int] = []
     for size in reversed(lead):
         sharded = devices > 1 and isinstance(size, int) and math.gcd(size, devices) > 1
@@ -184,6 +185,27 @@ def _work(problem: Problem, block_q: int, block_kv: int) -> float:
     a_score = 1 + 0.05 * max(math.log2(2**20 / max(scores, 1)), 0) ** 2
     kinds = np.take(visits.present, visits.kinds)
     return (scores * a_score + 2**12) * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))
+
+
+def _mapped(*arrays: jax.Array) -> int:
+    """How many examples `vmap` has laid over arrays: they go through the loops together.
+
+    Those of a `vmap` around the nearest `jit` or `lax` loop cannot be seen from within.
+    """
+    sizes: list[int] = []
+
+    @jax.custom_batching.custom_vmap
+    def look(*arrays: jax.Array) -> None:
+        pass
+
+    @look.def_vmap
+    def looked_at(size: int, _: Any, *arrays: jax.Array) -> tuple[None, None]:
+        sizes.append(size)
+        return look(*arrays), None
+
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        look(*map(lax.stop_gradient, arrays))
+    return math.prod(sizes)
 
 
 def _block(size: int, chosen: int | None, longest: int) -> int:

@@ -145,3 +145,16 @@ def test_keys_and_values_are_not_repeated(derivative):
 def test_gradient_of_65536_tokens_compiles():
     grad = jax.grad(lambda *a: jnp.sin(causal(*a)).sum(), (0, 1, 2))
     assert temp_bytes(grad, *[spec(65536, 2, 64)] * 3) < 65536**2
+
+
+@pytest.mark.parametrize("derivative", ["forward", "grad"])
+def test_a_vmapped_batch_takes_about_as_much_as_a_batch(derivative):
+    several = [jax.ShapeDtypeStruct((32, *spec(256, 8, 64).shape), jnp.float32)] * 3
+
+    def temp(f):
+        wrapped = f if derivative == "forward" else jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2))
+        return temp_bytes(wrapped, *several)
+
+    batch, mapped = temp(causal), temp(jax.vmap(causal))
+    print(f"{batch / MIB:.1f} {mapped / MIB:.1f}")
+    assert mapped <= 2 * batch  # and not ten times, as with all heads of all examples at once
