@@ -133,21 +133,36 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
 def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     """Returns the block size along each of `[*B, K, G, T, S]`.
 
-    Rows and keys: the candidate that does the least work under the mask, where that is known while tracing. On a CPU,
-    as many examples and heads at once as stay in cache; elsewhere all of them, and also along an axis that may be
-    sharded, because a loop over a sharded axis gathers it.
+    Those of rows and keys are the candidate that does the least work under the mask, where that is known while tracing.
+    """
+    *_, G, T, S = problem.sizes
+    longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]
+    if isinstance(T, int) and 0 < T <= 16:
+        longest.append((T, max(sweep.SCORES_AT_MOST // (G * T), 1)))  # decoding: all keys at once
+    candidates = [(_block(T, chosen.block_q, rows), _block(S, chosen.block_kv, keys)) for rows, keys in longest]
+    block_q, block_kv = min(candidates, key=lambda candidate: _work(problem, *candidate))
+    whole = block_q == T and block_kv == S and sweep.static_kinds(problem, problem.sizes) is not None
+    return (*_lead_blocks(problem, whole), G, block_q, block_kv)
+
+
+# Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
+_CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128))
+_IN_CACHE = 2**19  # scores, or numbers in keys and values, of whole problems taken together
+
+
+def _lead_blocks(problem: Problem, whole: bool) -> list[int]:
+    """The block sizes along `[*B, K]`; `whole` says that a head is one block, so that there may be room for others.
+
+    On a CPU, as many examples and heads at once as stay in cache; elsewhere all of them, and also along an axis that
+    may be sharded, because a loop over a sharded axis gathers it.
     """
     *lead, G, T, S = problem.sizes
-    candidates = [
-        (_block(T, chosen.block_q, max(rows // G, 16)), _block(S, chosen.block_kv, keys)) for rows, keys in _CANDIDATES
-    ]
-    block_q, block_kv = min(candidates, key=lambda candidate: _work(problem, *candidate))
-    decided = sweep.static_kinds(problem, problem.sizes) is not None
-    looping, devices = jax.default_backend() == "cpu", jax.device_count()
+    widths, mapped = (problem.q.shape[-1], problem.v.shape[-1]), _mapped(problem)
     room = 1
-    if decided and block_q == T and block_kv == S:
-        a_key = max(G * T, problem.q.shape[-1] + problem.v.shape[-1])  # its scores, or the key and value themselves
-        room = _IN_CACHE // max(_mapped(problem.q, problem.k, problem.v) * a_key * S, 1)
+    if whole and all(isinstance(size, int) for size in (*widths, mapped)):
+        a_key = max(G * T, sum(widths))  # its scores, or the key and value themselves
+        room = _IN_CACHE // max(mapped * a_key * S, 1)
+    looping, devices = jax.default_backend() == "cpu", jax.device_count()
     blocks: list[int] = []
     for size in reversed(lead):
         sharded = devices > 1 and isinstance(size, int) and math.gcd(size, devices) > 1
@@ -159,13 +174,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
         else:
             blocks.append(max(d for d in range(1, max(min(room, size), 1) + 1) if size % d == 0))
             room = room // blocks[-1] if blocks[-1] == size else 1
-    return (*reversed(blocks), G, block_q, block_kv)
-
-
-# Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing; the
-# last for few queries and many keys, as in decoding.
-_CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128), (16, 2**15))
-_IN_CACHE = 2**19  # scores, or numbers in keys and values, of whole problems taken together
+    return blocks[::-1]
 
 
 def _work(problem: Problem, block_q: int, block_kv: int) -> float:
@@ -187,10 +196,10 @@ def _work(problem: Problem, block_q: int, block_kv: int) -> float:
     return (scores * a_score + 2**12) * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))
 
 
-def _mapped(*arrays: jax.Array) -> int:
-    """How many examples `vmap` has laid over arrays: they go through the loops together.
+def _mapped(problem: Problem) -> int:
+    """How many examples `vmap` has laid over a problem: they go through the loops together.
 
-    Those of a `vmap` around the nearest `jit` or `lax` loop cannot be seen from within.
+    Those of a `vmap` around the nearest `jit` or `lax` loop cannot be seen from within, nor those of tangents.
     """
     sizes: list[int] = []
 
@@ -203,8 +212,9 @@ def _mapped(*arrays: jax.Array) -> int:
         sizes.append(size)
         return look(*arrays), None
 
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        look(*map(lax.stop_gradient, arrays))
+    leaves = jax.tree.leaves(problem)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        look(*(lax.stop_gradient(leaf)[..., :0] for leaf in leaves))  # empty, because nothing but sizes is looked at
     return math.prod(sizes)
 
 

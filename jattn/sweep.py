@@ -17,7 +17,7 @@ from jattn import masks
 from jattn.problem import Problem, Range, move
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-_SCORES_AT_MOST = 2**20  # in a visit of several blocks, for one key/value head
+SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
 
 
 class Plan(NamedTuple):
@@ -418,7 +418,7 @@ def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
     """
     *_, G, block_q, block_kv = blocks
     rows, keys = len(kinds), kinds.shape[1] * block_kv
-    few = 0 < keys <= S // 2 and rows * keys <= 4 * S and G * block_q * keys <= _SCORES_AT_MOST
+    few = 0 < keys <= S // 2 and rows * keys <= 4 * S and G * block_q * keys <= SCORES_AT_MOST
     return few and float(np.mean(kinds != EMPTY)) >= 0.75
 
 

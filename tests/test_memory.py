@@ -158,3 +158,13 @@ def test_a_vmapped_batch_takes_about_as_much_as_a_batch(derivative):
     batch, mapped = temp(causal), temp(jax.vmap(causal))
     print(f"{batch / MIB:.1f} {mapped / MIB:.1f}")
     assert mapped <= 2 * batch  # and not ten times, as with all heads of all examples at once
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "N", "K", "keys"),
+    [(1, 8192, 32, 8, 8192), (16, 8192, 32, 8, 8192), (16, 32768, 64, 1, 1024), (256, 32768, 8, 1, 1024)],
+)
+def test_few_queries_take_all_keys_at_once_but_not_more_scores_than_others(T, S, N, K, keys):
+    *_, G, block_q, block_kv = jattn.explain(spec(T, N, 64), spec(S, K, 64), spec(S, K, 64)).block_sizes
+    assert block_kv == keys
+    assert G * block_q * block_kv <= 2**20

@@ -71,6 +71,17 @@ def test_export_with_symbolic_lengths_and_no_arrays(mask):
     close(jax.export.export(jax.jit(f))(*specs).call(*args), f(*args, implementation="dense"))
 
 
+@pytest.mark.parametrize("implementation", ["blockwise", SMALL], ids=str)
+def test_export_with_a_symbolic_vmapped_batch_and_symbolic_widths(implementation):
+    def f(q, k, v, implementation=implementation):
+        return jax.vmap(lambda *x: jattn.attention(*x, scale=0.5, implementation=implementation))(q, k, v)
+
+    b, h, w = jax.export.symbolic_shape("b, h, w")
+    args = draw(3)
+    specs = [jax.ShapeDtypeStruct((b, *x.shape[1:-1], n), x.dtype) for n, x in zip((h, h, w), args, strict=True)]
+    close(jax.export.export(jax.jit(f))(*specs).call(*args), f(*args, implementation="dense"))
+
+
 @pytest.mark.parametrize("implementation", [None, SMALL], ids=str)
 def test_export_with_two_symbolic_lengths(implementation):
     def f(q, k, v, lengths, offset, implementation=implementation):
