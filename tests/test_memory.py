@@ -1,5 +1,6 @@
 """Memory linear in the sequence length, in every mode, for every mask and score; only compiled, never run."""
 
+import itertools
 import os
 
 import jax
@@ -66,14 +67,10 @@ def temp_of(mode, kind, T):
 
 
 def assert_linear(mode, kind, lengths):
-    """From a length to four times it, so that a step to larger blocks, once taken, does not count as growth."""
-    temps = {T: temp_of(mode, KINDS[kind], T) for T in lengths}
-    print(mode, kind, *(f"{x / MIB:.2f}" for x in temps.values()))
-    pairs = [(T, 4 * T) for T in lengths if 4 * T in temps]
-    assert pairs
-    for T, longer in pairs:
-        small, large = temps[T], temps[longer]
-        assert large <= 1.02 * 4 * small, f"{small / MIB:.2f} MiB at {T}, {large / MIB:.2f} MiB at {longer}"
+    temps = [temp_of(mode, KINDS[kind], T) for T in lengths]
+    print(mode, kind, *(f"{x / MIB:.2f}" for x in temps))
+    for (T, small), (longer, large) in itertools.pairwise(zip(lengths, temps, strict=True)):
+        assert large <= 1.02 * small * longer / T, f"{small / MIB:.2f} MiB at {T}, {large / MIB:.2f} MiB at {longer}"
 
 
 SELECTION = {
