@@ -157,12 +157,13 @@ def _lead_blocks(problem: Problem, whole: bool) -> list[int]:
     may be sharded, because a loop over a sharded axis gathers it.
     """
     *lead, G, T, S = problem.sizes
-    widths, mapped = (problem.q.shape[-1], problem.v.shape[-1]), _mapped(problem)
-    room = 1
-    if whole and all(isinstance(size, int) for size in (*widths, mapped)):
-        a_key = max(G * T, sum(widths))  # its scores, or the key and value themselves
-        room = _IN_CACHE // max(mapped * a_key * S, 1)
     looping, devices = jax.default_backend() == "cpu", jax.device_count()
+    room = 1
+    if whole and looping:
+        widths, mapped = (problem.q.shape[-1], problem.v.shape[-1]), _mapped(problem)
+        if all(isinstance(size, int) for size in (*widths, mapped)):
+            a_key = max(G * T, sum(widths))  # its scores, or the key and value themselves
+            room = _IN_CACHE // max(mapped * a_key * S, 1)
     blocks: list[int] = []
     for size in reversed(lead):
         sharded = devices > 1 and isinstance(size, int) and math.gcd(size, devices) > 1
