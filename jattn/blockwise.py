@@ -133,20 +133,24 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
 def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     """Returns the block size along each of `[*B, K, G, T, S]`.
 
-    Those of rows and keys are the candidate that does the least work under the mask, where that is known while tracing.
+    Those of rows and keys are the candidate that does the least work under the mask, where that is known while tracing;
+    of nearly equal ones the greatest, so that sequences from 4,096 on agree whether they go in small blocks or great.
     """
     *_, G, T, S = problem.sizes
     longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]
     if isinstance(T, int) and 0 < T <= 16:
         longest.append((T, max(sweep.SCORES_AT_MOST // (G * T), 1)))  # decoding: all keys at once
     candidates = [(_block(T, chosen.block_q, rows), _block(S, chosen.block_kv, keys)) for rows, keys in longest]
-    block_q, block_kv = min(candidates, key=lambda candidate: _work(problem, *candidate))
+    works = [_work(problem, *candidate) for candidate in candidates]
+    near = [c for c, work in zip(candidates, works, strict=True) if work <= _NEARLY * min(works) < math.inf]
+    block_q, block_kv = max(near, key=math.prod, default=candidates[0])
     whole = block_q == T and block_kv == S and sweep.static_kinds(problem, problem.sizes) is not None
     return (*_lead_blocks(problem, whole), G, block_q, block_kv)
 
 
 # Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
 _CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128))
+_NEARLY = 1.02  # times the work: as much, for all that `_work` can tell
 _IN_CACHE = 2**19  # scores, or numbers in keys and values, of whole problems taken together
 
 
