@@ -72,22 +72,20 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: sweep.Plan, problem: Problem) -> Running:
-    def start(problem: Problem, _: Any) -> Running:
-        return problem.start()
-
     def step(state: Running, keep: jax.Array | None, problem: Problem, _: Any) -> Running:
         return problem.take(state, keep)
 
-    return sweep.sweep(plan, start, step, problem, ())
+    return sweep.sweep(plan, lambda problem, _: problem.start(), step, problem, ())
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
 def _attend_jvp(plan: sweep.Plan, primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Running, Running]:
-    (problem,), (dproblem,) = primals, tangents
+    (problem,), directions = primals, jax.tree.leaves(tangents)
     state = _attend(plan, problem)  # itself, so that higher orders meet this rule again
-    directions = jax.tree.leaves(dproblem)
     live = [i for i, d in enumerate(directions) if _is_direction(d)]
-    return state, _tangent(plan, live, problem, [directions[i] for i in live], state)
+    problem = problem.widened()  # here, and not in the loops, so that gradients are summed wide
+    leaves = jax.tree.leaves(problem)
+    return state, _tangent(plan, live, problem, [directions[i].astype(leaves[i].dtype) for i in live], state)
 
 
 def _is_direction(tangent: Any) -> bool:

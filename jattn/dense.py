@@ -21,7 +21,7 @@ def attend(problem: Problem) -> Running:
       m and l `[*B, K, G, T]`, o `[*B, K, G, T, V]`, in the dtype of the sums.
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
-    problem = problem.with_positions()
+    problem = problem.with_positions().widened()
     return problem.take(problem.start(), problem.keep())
 
 
@@ -31,7 +31,7 @@ def weights(problem: Problem) -> jax.Array:
 
     p_ts = factor_ts * exp(s_ts - m_t) / l_t
     """
-    problem = problem.with_positions()
+    problem = problem.with_positions().widened()
     keep = problem.keep()
     s, v = problem.scores(keep)
     state = softmax.update(problem.start(), s, v, keep)

@@ -4,12 +4,14 @@ Everything in it has one form, `[*B, K, G, T, S, ...]` with each axis full or 1,
 same slice of everything and is again a problem.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jattn import checks, masks, softmax
 from jattn.scores import Dropout, Modifier, Sink, as_scores, split
@@ -55,6 +57,12 @@ class Problem(NamedTuple):
         q_pos = self.q_pos.array(T).reshape((*ones, T, 1)) if isinstance(self.q_pos, Range) else self.q_pos
         kv_pos = self.kv_pos.array(S).reshape((*ones, 1, S)) if isinstance(self.kv_pos, Range) else self.kv_pos
         return self._replace(q_pos=jnp.asarray(q_pos), kv_pos=jnp.asarray(kv_pos))
+
+    def widened(self) -> "Problem":
+        """Returns the problem with operands as wide as its sums, on a CPU, which multiplies nothing narrower faster."""
+        if jax.default_backend() != "cpu" or self.q.dtype == checks.wide(self.q):
+            return self
+        return self._replace(q=_widen(self.q), k=_widen(self.k), v=_widen(self.v))
 
     def start(self) -> Running:
         """The running softmax before any key, for queries `[*B, K, G, T]`."""
@@ -140,10 +148,8 @@ def lay_out(
     scale = checks.as_array("scale", 1 / math.sqrt(H) if scale is None else scale)
     if scale.ndim or not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
         raise ValueError(f"scale must be one real number, got {scale.dtype}{list(scale.shape)}")
-    # One dtype for the operands of the products; a CPU multiplies narrow floats no faster than float32.
-    narrow = jnp.result_type(query) == jnp.result_type(key) == jnp.result_type(value)
     wide = checks.wide(query, key, value)
-    dtype = query.dtype if narrow and jax.default_backend() != "cpu" else wide
+    dtype = query.dtype if query.dtype == key.dtype == value.dtype else wide  # one for the operands of the products
     q = move(query.astype(dtype).reshape((*batch, T, K, G, 1, H)), -5, -3)
     k = move(key.astype(dtype).reshape((*batch, S, K, 1, 1, H)), -5, -2)
     v = move(value.astype(dtype).reshape((*batch, S, K, 1, 1, V)), -5, -2)
@@ -177,6 +183,39 @@ def move(array: jax.Array, source: int, destination: int) -> jax.Array:
     if permutation != sorted(permutation):
         array_bare = array_bare.transpose(permutation)
     return array_bare.reshape([array.shape[axis] for axis in order])
+
+
+def take_slice(array: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """`lax.dynamic_slice_in_dim` within a loop.
+
+    XLA has no narrow floats on a CPU: it would widen the whole array, before the loop, and narrow each slice again. So
+    it is shown bits, and is kept from taking these out of the loop.
+    """
+    slices = functools.partial(lax.dynamic_slice_in_dim, slice_size=size, axis=axis)
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize == 2
+    if jax.default_backend() != "cpu" or not narrow:
+        return slices(array, start)
+
+    @jax.custom_jvp
+    def by_bits(array: jax.Array, start: jax.Array) -> jax.Array:
+        array, start = lax.optimization_barrier((array, start))
+        bits = slices(lax.bitcast_convert_type(array, jnp.uint16), start)
+        return lax.bitcast_convert_type(bits, array.dtype)
+
+    by_bits.defjvps(lambda tangent, _, array, start: slices(tangent, start), None)
+    return by_bits(array, start)
+
+
+@jax.custom_jvp
+def _widen(array: jax.Array) -> jax.Array:
+    """As wide as sums are; bfloat16 by its bits, the upper half of a float32's, because XLA converts it slowly."""
+    if array.dtype != jnp.bfloat16:
+        return array.astype(checks.wide(array))
+    bits = lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits << 16, jnp.float32)
+
+
+_widen.defjvps(lambda tangent, wide, _: tangent.astype(wide.dtype))
 
 
 def _fit(name: str, value: _ValueT, sizes: tuple[Any, ...]) -> _ValueT:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jattn import masks
-from jattn.problem import Problem, Range, move
+from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
@@ -63,7 +63,8 @@ def _by_examples(run: Callable, axis: int, block: int, operands: Any) -> Any:
 
     def cut(leaf: jax.Array) -> Cut | None:
         moved = _outside_axis(leaf, K_axis)
-        return _cut(move(leaf, moved, K_axis), axis, block, lambda piece: move(piece, K_axis, moved))
+        pieces = _cut(move(leaf, moved, K_axis), axis, block, lambda piece: move(piece, K_axis, moved))
+        return pieces if operands[1] else _by_index(pieces)
 
     pieces, together = _split(operands, cut)
     rows_first = _forget(lambda piece: jax.tree.map(lambda r: move(r, K_axis + 2, K_axis), run(together(piece))))
@@ -128,7 +129,7 @@ class _Outside:
         if self.shape[self.axis] == 1:
             return self.leave(kept)
         shape = (*self.shape[: self.axis], block, *self.shape[self.axis + 1 :])
-        part = lax.dynamic_slice_in_dim(kept, start, block, self._bare_axis)
+        part = take_slice(kept, start, block, self._bare_axis)
         return move(part.reshape(shape), self.K_axis, self.moved)
 
     def put(self, kept: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
@@ -169,6 +170,7 @@ def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
 def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands: Any) -> Any:
     """Runs over the blocks of rows, one after the other, with the blocks of keys that each visits."""
     *_, axis, _ = range(len(blocks))
+    operands = (operands[0].widened(), *operands[1:])  # head by head, never as a whole
     size, block = operands[0].sizes[axis], blocks[axis]
     roles = _roles(blocks, operands)
     keys, run_row = _by_keys(run, visits, blocks, roles, operands)
@@ -264,7 +266,7 @@ def _take_blocks(leaf: jax.Array, axis: int, block: int, order: Any) -> jax.Arra
 
 def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
     """The block of rows at `start`; where the last one ends behind the array, it is filled up with 0."""
-    rows = lax.dynamic_slice_in_dim(leaf, start, block, axis)
+    rows = take_slice(leaf, start, block, axis)
     if not _is_ragged(leaf.shape[axis], block):
         return rows
     size = leaf.shape[axis]
@@ -501,8 +503,8 @@ def _by_index(cut: Cut | None) -> Cut | None:
     """Leaves the pieces where they are until they are wanted: loops go through their indices."""
     if cut is None or cut.pieces.size == 0:
         return cut
-    indices = jnp.arange(cut.pieces.shape[0], dtype=jnp.int32)
-    return Cut(indices, lambda i: cut.restore(lax.dynamic_index_in_dim(cut.pieces, i, keepdims=False)))
+    count = cut.pieces.shape[0]
+    return Cut(jnp.arange(count, dtype=jnp.int32), lambda i: cut.restore(take_slice(cut.pieces, i, 1, 0).squeeze(0)))
 
 
 def _payload_first(cut: Cut | None) -> Cut | None:

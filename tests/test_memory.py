@@ -157,6 +157,28 @@ def test_a_vmapped_batch_takes_about_as_much_as_a_batch(derivative):
     assert mapped <= 2 * batch  # and not ten times, as with all heads of all examples at once
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("B", "T", "S", "N", "K"), [(1, 1, 8192, 32, 8), (1, 4096, 4096, 8, 8), (8, 512, 512, 8, 8)])
+def test_narrow_operands_are_never_widened_as_a_whole(B, T, S, N, K, dtype):
+    def temp(dtype):
+        arrays = [jax.ShapeDtypeStruct((B, length, heads, 64), dtype) for length, heads in ((T, N), (S, K), (S, K))]
+        return temp_bytes(jattn.attention, *arrays)
+
+    narrow, own = temp(dtype), temp(jnp.float32)
+    print(f"{narrow / MIB:.2f} {own / MIB:.2f}")
+    assert narrow <= 1.02 * own  # though a copy of the operands as float32 would be as much again
+
+
+def test_a_narrow_bias_is_never_widened_as_a_whole():
+    T, N, H = 4096, 2, 64
+
+    def f(q, k, v, bias):
+        return jattn.attention(q, k, v, scores=jattn.scores.Bias(bias), implementation="blockwise")
+
+    bias = jax.ShapeDtypeStruct((N, T, T), jnp.bfloat16)
+    assert temp_bytes(f, *[spec(T, N, H, jnp.bfloat16)] * 3, bias) < N * T * T * 4 / 2
+
+
 @pytest.mark.parametrize(
     ("T", "S", "N", "K", "keys"),
     [(1, 8192, 32, 8, 8192), (16, 8192, 32, 8, 8192), (16, 32768, 64, 1, 1024), (256, 32768, 8, 1, 1024)],
