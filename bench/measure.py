@@ -25,6 +25,7 @@ from bench.cases import DTYPES, Case, Trial, numbers
 from bench.contenders import CONTENDERS, Built, Unsupported, memory_bytes
 
 SETTLE_S, SAMPLE_S = 0.005, 0.02
+SETTLE_BELOW_S = 0.5  # what takes longer hides what the one before it left behind
 
 
 class Row(NamedTuple):
@@ -92,7 +93,7 @@ def rate(unit: Unit, rounds: int = 5) -> float:
 
 
 def sample(call: Callable[[], Any], calls: int, settle: bool = False) -> float:
-    """Seconds per call. Idle threads of the pool before us still spin: settling lets them sleep and wakes our own."""
+    """Seconds per call. Settling lets the threads of the one before us sleep, and wakes our own and their memory."""
     if settle:
         time.sleep(SETTLE_S)
         call()
@@ -106,11 +107,12 @@ def in_turn(calls: list[Callable[[], Any]], rounds: int, seconds: float) -> list
     """Times per call of each, one sample a round, in another order each round: nobody always follows the same one."""
     once = [sample(call, 1) for call in calls]
     repeats = [max(1, min(1000, int(SAMPLE_S / t))) for t in once]
-    cost = sum(t * (n + 1) for t, n in zip(once, repeats, strict=True)) + SETTLE_S * len(calls)
+    settle = [t < SETTLE_BELOW_S for t in once]
+    cost = sum(t * (n + s) + SETTLE_S * s for t, n, s in zip(once, repeats, settle, strict=True))
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(min(rounds, max(3, rounds // 3, int(seconds / cost)))):
         for i in random.Random(turn).sample(range(len(calls)), len(calls)):
-            times[i].append(sample(calls[i], repeats[i], settle=once[i] < 0.05))
+            times[i].append(sample(calls[i], repeats[i], settle[i]))
     return times
 
 
