@@ -72,10 +72,9 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: sweep.Plan, problem: Problem) -> Running:
-    def step(state: Running, keep: jax.Array | None, problem: Problem, _: Any) -> Running:
-        return problem.take(state, keep)
-
-    return sweep.sweep(plan, lambda problem, _: problem.start(), step, problem, ())
+    return sweep.sweep(
+        plan, lambda problem, _: problem.start(), lambda state, keep, problem, _: problem.take(state, keep), problem, ()
+    )
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)

@@ -69,9 +69,9 @@ class Problem(NamedTuple):
         return softmax.start(self.sizes[:-1], self.v.shape[-1], checks.wide(self.q), self.sink_logits())
 
     def take(self, state: Running, keep: jax.Array | None) -> Running:
-        """Takes the keys that `keep` allows (None: all) into the running softmax."""
-        s, v = self.scores(keep)
-        return softmax.update(state, s, v, keep, self.factor())
+        """Takes the keys that `keep` allows (None: all) into the running softmax; not to be differentiated."""
+        s, v = self.scores(None)
+        return softmax.update(state, s, v if keep is None else masks.guard_values(keep, v), keep, self.factor())
 
     def keep(self) -> jax.Array | None:
         """Which scores count, `[*B, K, G, T, S]`; None for all."""

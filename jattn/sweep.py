@@ -102,8 +102,7 @@ def _by_heads(run: Callable, start: Callable, axis: int, block: int, operands: A
     starts = [o.enter(result) for o, result in zip(homes, none_yet, strict=True)]
     body = _forget(lambda results, x: heads(results, (x[0], kept, x[1])))
     results, _ = lax.scan(body, starts, (pieces, jnp.arange(size // block, dtype=jnp.int32)))
-    whole: Any = jax.tree.structure(states)
-    return whole.unflatten([o.leave(result) for o, result in zip(homes, results, strict=True)])
+    return jax.tree.unflatten(jax.tree.structure(states), [o.leave(r) for o, r in zip(homes, results, strict=True)])
 
 
 class _Outside:
