@@ -72,9 +72,11 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: sweep.Plan, problem: Problem) -> Running:
-    return sweep.sweep(
-        plan, lambda problem, _: problem.start(), lambda state, keep, problem, _: problem.take(state, keep), problem, ()
-    )
+    def step(state: Running, keep: jax.Array | None, problem: Problem, _: Any) -> Running:
+        return problem.take(state, keep)
+
+    # Right without the rule too: before 0.12 JAX drops the rules of what it hoists out of a differentiated `lax.scan`.
+    return sweep.sweep(plan, lambda problem, _: problem.start(), step, problem, ())
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)

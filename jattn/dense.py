@@ -22,9 +22,7 @@ def attend(problem: Problem) -> Running:
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
     problem = problem.with_positions().widened()
-    keep = problem.keep()
-    s, v = problem.scores(keep)
-    return softmax.update(problem.start(), s, v, keep, problem.factor())
+    return problem.take(problem.start(), problem.keep())
 
 
 @jax.jit

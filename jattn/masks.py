@@ -465,13 +465,14 @@ def guard(keep: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ja
     Args:
       keep: `[..., G, T, S]` bool. q: `[..., G, T, H]`. k: `[..., S, H]`. v: `[..., S, V]`.
     """
-    return jnp.where(keep.any(-1)[..., None], q, 0), guard_values(keep, k), guard_values(keep, v)
+    asks = keep.sum(-1, dtype=jnp.int32) > 0  # `any` along the last axis takes XLA twice as long on a CPU
+    answers = keep.any((-3, -2))
 
+    def answering(x: jax.Array) -> jax.Array:
+        # Turned round, as directions of keys travel (see `sweep`): between a product and its transpose this would cost.
+        return jnp.swapaxes(jnp.where(answers[..., None, :], jnp.swapaxes(x, -1, -2), 0), -1, -2)
 
-def guard_values(keep: jax.Array, v: jax.Array) -> jax.Array:
-    """Puts 0 for values, `[..., S, V]`, that nobody may attend to: all that the output needs, without gradients."""
-    # Turned round, as directions of keys travel (see `sweep`): between a product and its transpose this would cost.
-    return jnp.swapaxes(jnp.where(keep.any((-3, -2))[..., None, :], jnp.swapaxes(v, -1, -2), 0), -1, -2)
+    return jnp.where(asks[..., None], q, 0), answering(k), answering(v)
 
 
 def _earlier(pos: Any, count: Any) -> Any:

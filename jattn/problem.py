@@ -4,7 +4,6 @@ Everything in it has one form, `[*B, K, G, T, S, ...]` with each axis full or 1,
 same slice of everything and is again a problem.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,18 +59,19 @@ class Problem(NamedTuple):
 
     def widened(self) -> "Problem":
         """Returns the problem with operands as wide as its sums, on a CPU, which multiplies nothing narrower faster."""
-        if jax.default_backend() != "cpu" or self.q.dtype == checks.wide(self.q):
+        if jax.default_backend() != "cpu":
             return self
-        return self._replace(q=_widen(self.q), k=_widen(self.k), v=_widen(self.v))
+        wide = checks.wide(self.q)
+        return self._replace(q=self.q.astype(wide), k=self.k.astype(wide), v=self.v.astype(wide))
 
     def start(self) -> Running:
         """The running softmax before any key, for queries `[*B, K, G, T]`."""
         return softmax.start(self.sizes[:-1], self.v.shape[-1], checks.wide(self.q), self.sink_logits())
 
     def take(self, state: Running, keep: jax.Array | None) -> Running:
-        """Takes the keys that `keep` allows (None: all) into the running softmax; not to be differentiated."""
-        s, v = self.scores(None)
-        return softmax.update(state, s, v if keep is None else masks.guard_values(keep, v), keep, self.factor())
+        """Takes the keys that `keep` allows (None: all) into the running softmax."""
+        s, v = self.scores(keep)
+        return softmax.update(state, s, v, keep, self.factor())
 
     def keep(self) -> jax.Array | None:
         """Which scores count, `[*B, K, G, T, S]`; None for all."""
@@ -186,36 +186,15 @@ def move(array: jax.Array, source: int, destination: int) -> jax.Array:
 
 
 def take_slice(array: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """`lax.dynamic_slice_in_dim` within a loop.
+    """`lax.dynamic_slice_in_dim` within a loop, whose slices alone are widened when they are wanted wider.
 
-    XLA has no narrow floats on a CPU: it would widen the whole array, before the loop, and narrow each slice again. So
-    it is shown bits, and is kept from taking these out of the loop.
+    XLA has no narrow floats on a CPU. It widens what is sliced, and because that is the same array each time, it would
+    do so before the loop; the barrier says that it is not.
     """
-    slices = functools.partial(lax.dynamic_slice_in_dim, slice_size=size, axis=axis)
-    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize == 2
-    if jax.default_backend() != "cpu" or not narrow:
-        return slices(array, start)
-
-    @jax.custom_jvp
-    def by_bits(array: jax.Array, start: jax.Array) -> jax.Array:
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    if narrow and jax.default_backend() == "cpu":
         array, start = lax.optimization_barrier((array, start))
-        bits = slices(lax.bitcast_convert_type(array, jnp.uint16), start)
-        return lax.bitcast_convert_type(bits, array.dtype)
-
-    by_bits.defjvps(lambda tangent, _, array, start: slices(tangent, start), None)
-    return by_bits(array, start)
-
-
-@jax.custom_jvp
-def _widen(array: jax.Array) -> jax.Array:
-    """As wide as sums are; bfloat16 by its bits, the upper half of a float32's, because XLA converts it slowly."""
-    if array.dtype != jnp.bfloat16:
-        return array.astype(checks.wide(array))
-    bits = lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32)
-    return lax.bitcast_convert_type(bits << 16, jnp.float32)
-
-
-_widen.defjvps(lambda tangent, wide, _: tangent.astype(wide.dtype))
+    return lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
 def _fit(name: str, value: _ValueT, sizes: tuple[Any, ...]) -> _ValueT:

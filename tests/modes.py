@@ -134,6 +134,17 @@ def hvp_forward_over_forward(f, x, dx):
     return jax.jvp(lambda *args: jax.jvp(features(f), args, dx)[1], x, dx)[1]
 
 
+def hvp_of_scan(f, x, dx):
+    def scanned(q, *rest):
+        def step(shift, _):
+            out, lse = f(q + shift.astype(q.dtype), *rest)
+            return 0.1 * jnp.sin(out.astype(lse.dtype)).sum(), (out, lse)
+
+        return jax.lax.scan(step, jnp.zeros((), wide(q.dtype)), None, length=2)[1]
+
+    return hvp_reverse_over_reverse(scanned, x, dx)
+
+
 def third_order(f, x, dx):
     return jax.jvp(lambda *args: hvp_forward_over_reverse(f, args, dx), x, dx)[1]
 
@@ -197,6 +208,7 @@ FAMILIES = {
         "hvp_reverse_over_reverse": hvp_reverse_over_reverse,
         "hvp_reverse_over_forward": hvp_reverse_over_forward,
         "hvp_forward_over_forward": hvp_forward_over_forward,
+        "hvp_of_scan": hvp_of_scan,
     },
     "further": {"third_order": third_order, "scan_remat_hvp": scan_remat_hvp},
 }
