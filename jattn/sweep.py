@@ -18,6 +18,7 @@ from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
+SCORES_TOGETHER = 2**18  # in visits at the same time: they stay in cache
 
 
 class Plan(NamedTuple):
@@ -193,7 +194,8 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
     pieces, together = _split(operands, cut, roles)
-    results = lax.map(_forget(rows), (starts, pieces, keys, visits.order, visits.kinds))
+    bands = {"batch_size": visits.together} if visits.together > 1 else {}
+    results = lax.map(_forget(rows), (starts, pieces, keys, visits.order, visits.kinds), **bands)
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
 
 
@@ -224,12 +226,14 @@ def _by_keys(
     S_axis, block, forward = len(blocks) - 1, blocks[-1], not operands[1]
 
     def cut(leaf: jax.Array, order: Any) -> Cut | None:
-        if visits.width > 1:
-            leaf = _take_blocks(leaf, S_axis, block, order)
-        pieces = _cut(leaf, S_axis, block * visits.width)
         # A loop copies each piece that it goes through, visited or not. An index copies nothing, but its transpose
         # would add to the whole gradient at every visit.
-        return _by_index(pieces) if forward else pieces
+        if visits.width == 1 or _is_one(leaf.shape[S_axis]):
+            pieces = _cut(leaf, S_axis, block)
+            return _by_index(pieces) if forward else pieces
+        band = functools.partial(_take_blocks, _in_blocks(leaf, S_axis, block), S_axis)
+        order = order.reshape((-1, visits.width))
+        return Cut(order, band) if forward else _cut(band(order.reshape(-1)), S_axis, block * visits.width)
 
     def cut_shared(leaf: jax.Array, role: Role) -> Cut | None:
         if role.rows or not role.keys:
@@ -255,12 +259,9 @@ def _by_keys(
     return shared if visits.width > 1 else None, run_row
 
 
-def _take_blocks(leaf: jax.Array, axis: int, block: int, order: Any) -> jax.Array:
-    """The blocks `order` of an axis, one after the other, the last padded; the leaf itself if the axis is 1."""
-    if _is_one(leaf.shape[axis]):
-        return leaf
-    taken = jnp.take(_in_blocks(leaf, axis, block), order.reshape(-1), axis=axis, mode="clip")
-    return lax.collapse(taken, axis, axis + 2)
+def _take_blocks(blocks: jax.Array, axis: int, order: Any) -> jax.Array:
+    """The blocks `order` of `[..., blocks, block, ...]`, one after the other, as one axis."""
+    return lax.collapse(jnp.take(blocks, order, axis=axis, mode="clip"), axis, axis + 2)
 
 
 def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
@@ -383,7 +384,8 @@ class Visits(NamedTuple):
     order: np.ndarray | None  # [rows, visits, width]  the blocks; None: all, one by one
     kinds: np.ndarray | None  # [rows, visits]  what each visit is, as an index of `present`; None: arrays decide
     present: tuple[int, ...]  # the kinds there are
-    width: int  # how many blocks a visit takes
+    width: int  # how many blocks a visit takes: if more than one, it is the only one
+    together: int  # how many blocks of rows visit theirs at the same time
     S: int
 
 
@@ -397,19 +399,29 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
         # To agree on a block, examples and heads on different devices would have to ask each other.
         decided = jax.device_count() > 1 and any(block != 1 for block in plan.blocks[:-3])
     if kinds is None:
-        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, S)
-    order, width, most = None, 1, int((kinds != EMPTY).sum(1).max(initial=0))
+        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, 1, S)
+    order, width, together, most = None, 1, 1, int((kinds != EMPTY).sum(1).max(initial=0))
     if most < kinds.shape[1]:
         order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :most, None].astype(np.int32)
         kinds = np.take_along_axis(kinds, order[:, :, 0], axis=1)
         if decided and _is_band(plan.blocks, kinds, S):
             order, width = np.swapaxes(order, 1, 2), most
-            kinds = np.where((kinds == FULL).all(1, keepdims=True), FULL, PARTIAL)
+            kinds = np.full((len(kinds), 1), FULL if (kinds == FULL).all() else PARTIAL)
+            together = _together(problem, plan.blocks, len(kinds), width)
     if not decided:
-        return Visits(order, None, (EMPTY, PARTIAL, FULL), width, S)
+        return Visits(order, None, (EMPTY, PARTIAL, FULL), width, together, S)
     # Where there is no block at all the loop is traced still, so it wants a branch.
     present = tuple(kind for kind in (EMPTY, PARTIAL, FULL) if (kinds == kind).any()) or (EMPTY,)
-    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width, S)
+    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width, together, S)
+
+
+def _together(problem: Problem, blocks: tuple[int, ...], rows: int, width: int) -> int:
+    """How many blocks of rows visit their bands at the same time: XLA is slow at small products, one by one."""
+    *_, G, block_q, block_kv = blocks
+    if any(role.rows and role.keys for role in _roles(blocks, (problem, ()))):
+        return 1  # rows of something T x S are sliced, and slices at different places would be gathered
+    room = SCORES_TOGETHER // (G * block_q * block_kv * width)
+    return max(d for d in range(1, max(room, 1) + 1) if rows % d == 0)
 
 
 def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
