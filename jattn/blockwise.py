@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn import softmax, sweep
+from jattn import checks, softmax, sweep
 from jattn.problem import Problem
 from jattn.softmax import Running
 
@@ -81,12 +81,13 @@ def _attend(plan: sweep.Plan, problem: Problem) -> Running:
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
 def _attend_jvp(plan: sweep.Plan, primals: tuple[Problem], tangents: tuple[Problem]) -> tuple[Running, Running]:
-    (problem,), directions = primals, jax.tree.leaves(tangents)
+    # Wide here, and not only in the loops, so that gradients of every order are summed wide.
+    problem = primals[0].widened()
     state = _attend(plan, problem)  # itself, so that higher orders meet this rule again
-    live = [i for i, d in enumerate(directions) if _is_direction(d)]
-    problem = problem.widened()  # here, and not in the loops, so that gradients are summed wide
-    leaves = jax.tree.leaves(problem)
-    return state, _tangent(plan, live, problem, [directions[i].astype(leaves[i].dtype) for i in live], state)
+    directions = {i: d for i, d in enumerate(jax.tree.leaves(tangents)) if _is_direction(d)}
+    return state, _tangent(
+        plan, list(directions), problem, [d.astype(checks.wide(d)) for d in directions.values()], state
+    )
 
 
 def _is_direction(tangent: Any) -> bool:
@@ -101,10 +102,10 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
         tree: Any = jax.tree.structure(problem)
 
         def moved(*moving: jax.Array) -> Any:
-            replaced = dict(zip(live, moving, strict=True))
+            replaced = {i: leaf.astype(leaves[i].dtype) for i, leaf in zip(live, moving, strict=True)}
             return f(tree.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
-        return jax.jvp(moved, [leaves[i] for i in live], directions)
+        return jax.jvp(moved, [leaves[i].astype(d.dtype) for i, d in zip(live, directions, strict=True)], directions)
 
     def shift(m: jax.Array, answered: jax.Array) -> jax.Array:
         # A row without keys (or one of padding) has no m to subtract; subtracting the greatest number gives it e = 0.

@@ -135,6 +135,8 @@ def hvp_forward_over_forward(f, x, dx):
 
 
 def hvp_of_scan(f, x, dx):
+    """Of no family: in it JAX before 0.12 differentiates forwards themselves, without the rules they come with."""
+
     def scanned(q, *rest):
         return jax.lax.scan(lambda _, shift: (None, f(q + shift, *rest)), None, jnp.asarray([0, 0.5], q.dtype))[1]
 
@@ -204,7 +206,6 @@ FAMILIES = {
         "hvp_reverse_over_reverse": hvp_reverse_over_reverse,
         "hvp_reverse_over_forward": hvp_reverse_over_forward,
         "hvp_forward_over_forward": hvp_forward_over_forward,
-        "hvp_of_scan": hvp_of_scan,
     },
     "further": {"third_order": third_order, "scan_remat_hvp": scan_remat_hvp},
 }

@@ -497,7 +497,7 @@ def test_only_blocks_that_may_hold_something_are_visited(mask, visits):
     visited = []
 
     def count(score, q_pos, kv_pos, _):
-        jax.debug.callback(lambda: visited.append(1))
+        jax.debug.callback(lambda _: visited.append(1), q_pos)  # of each, where `vmap` makes several one
         return score
 
     q, k, v = jax.random.normal(jax.random.key(0), (3, 64, 1, 3))

@@ -79,8 +79,8 @@ def judge_poisoned(mode, mask, implementation=None):
     p = p._replace(implementation=implementation or p.implementation)
     assert any(places.any() for places in problems.idle(p))
     clean = problems.fill_idle(p, 0, 0, 0)
-    exact = problems.run(MODES[mode], clean.naive, clean)
-    f = problems.compiled(MODES[mode], p.attention, p)
+    exact = problems.run(mode, clean.naive, clean)
+    f = problems.compiled(mode, p.attention, p)
     for numbers in ((np.nan, np.nan, np.inf), (np.inf, -np.inf, np.nan)):
         problems.assert_close(f(problems.fill_idle(p, *numbers)), exact, tol=1e-12)
 
@@ -93,14 +93,18 @@ POISONED = {
     "remat": "segments_cross",
     "hvp_reverse_over_reverse": "dense_heads",
     "hvp_reverse_over_forward": "lengths",
-    "hvp_of_scan": "segments_cross",  # where JAX before 0.12 differentiates the forward itself, without our rule
 }
 
 
 @pytest.mark.parametrize("implementation", ["dense", None], ids=["dense", "blockwise"])
 @pytest.mark.parametrize(("mode", "mask"), list(POISONED.items()), ids=POISONED)
 def test_what_takes_no_part_may_be_anything(mode, mask, implementation):
-    judge_poisoned(mode, mask, implementation)
+    judge_poisoned(MODES[mode], mask, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["dense", None], ids=["dense", "blockwise"])
+def test_what_takes_no_part_may_be_anything_in_a_scan(implementation):
+    judge_poisoned(modes.hvp_of_scan, "segments_cross", implementation)
 
 
 def judge_by_finite_differences(mask, score):
@@ -173,4 +177,4 @@ def test_sweep_of_finite_differences(mask):
 @pytest.mark.parametrize("mask", ["lengths", "segments_cross", "dense_heads"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("scan_grad", "scan_remat_hvp", "while_jvp")])
 def test_sweep_of_what_takes_no_part(mode, mask):
-    judge_poisoned(mode, mask)
+    judge_poisoned(MODES[mode], mask)

@@ -280,6 +280,24 @@ def test_c9_narrow_inputs_are_summed_in_float32(implementation, dtype):
     np.testing.assert_allclose(lse, np.log(S), rtol=1e-6)
 
 
+def test_c9_gradients_of_narrow_arrays_are_summed_in_float32():
+    """That of a bias is a sum over heads and blocks of rows; here it is rounded about once, as it must be."""
+    q, k, v, bias = (
+        jax.random.normal(key, shape).astype(jnp.bfloat16)
+        for key, shape in zip(jax.random.split(jax.random.key(0), 4), ((256, 64, 8),) * 3 + ((256,),), strict=True)
+    )
+
+    def slope(bias):
+        scores = (jattn.scores.Bias(bias),)
+        out = jattn.attention(q, k, v, scores=scores, implementation=jattn.Blockwise(8, 64)).astype(jnp.float32)
+        return (out * jnp.sin(8 * out)).sum()
+
+    exact = np.asarray(jax.jit(jax.grad(slope))(bias.astype(jnp.float32)))
+    error = np.asarray(jax.jit(jax.grad(slope))(bias), np.float32) - exact
+    rounding = exact.astype(jnp.bfloat16).astype(np.float32) - exact
+    assert np.linalg.norm(error) <= 2 * np.linalg.norm(rounding)
+
+
 @both
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_c10_output_has_the_dtype_of_the_query(implementation, dtype, x64):
