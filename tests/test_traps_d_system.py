@@ -184,7 +184,7 @@ def shapes_within(jaxpr):
             yield from shapes_within(inner)
 
 
-LONG = 4099
+LONG = 8195
 LARGE = {
     name: mask
     for name, (mask, _) in catalogue(LONG, 1).items()
