@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn import checks, softmax, sweep
+from jattn import softmax, sweep
 from jattn.problem import Problem
 from jattn.softmax import Running
 
@@ -32,7 +32,7 @@ class Blockwise:
     """Block sizes, for `implementation=`; None chooses. Results do not depend on them beyond rounding.
 
     Args:
-      block_q: queries in a block.
+      block_q: queries in a block. A window's blocks may go together: up to 2**18 scores for each key/value head.
       block_kv: keys in a block. Where the mask is known while tracing and leaves each block of queries few keys, as a
         window does, they are taken at once: up to 2**20 scores for each key/value head.
     """
@@ -84,10 +84,9 @@ def _attend_jvp(plan: sweep.Plan, primals: tuple[Problem], tangents: tuple[Probl
     # Wide here, and not only in the loops, so that gradients of every order are summed wide.
     problem = primals[0].widened()
     state = _attend(plan, problem)  # itself, so that higher orders meet this rule again
-    directions = {i: d for i, d in enumerate(jax.tree.leaves(tangents)) if _is_direction(d)}
-    return state, _tangent(
-        plan, list(directions), problem, [d.astype(checks.wide(d)) for d in directions.values()], state
-    )
+    live = {i: d for i, d in enumerate(jax.tree.leaves(tangents)) if _is_direction(d)}
+    directions = [d.astype(jnp.float32) if jnp.finfo(d.dtype).bits < 32 else d for d in live.values()]
+    return state, _tangent(plan, list(live), problem, directions, state)
 
 
 def _is_direction(tangent: Any) -> bool:
@@ -134,7 +133,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     """Returns the block size along each of `[*B, K, G, T, S]`.
 
     Those of rows and keys are the candidate that does the least work under the mask, where that is known while tracing;
-    of nearly equal ones the greatest, so that sequences from 4,096 on agree whether they go in small blocks or great.
+    of nearly equal ones the greatest, because the least changes from length to length, and memory would with it.
     """
     *_, G, T, S = problem.sizes
     longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]

@@ -108,7 +108,7 @@ class Problem(NamedTuple):
 
     def sink_logits(self) -> jax.Array | None:
         """The logits of the sink, `[*B, K, G, 1]`; None without."""
-        return None if self.sink is None else self.sink.logits[..., 0]
+        return None if self.sink is None else self.sink.logits[..., 0].astype(checks.wide(self.q))
 
 
 def lay_out(

@@ -18,7 +18,7 @@ from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
-SCORES_TOGETHER = 2**18  # in visits at the same time: they stay in cache
+SCORES_TOGETHER = 2**18  # in visits at the same time, for one key/value head: they stay in cache
 
 
 class Plan(NamedTuple):
@@ -168,9 +168,9 @@ def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
 
 
 def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands: Any) -> Any:
-    """Runs over the blocks of rows, one after the other, with the blocks of keys that each visits."""
+    """Runs over the blocks of rows, with the keys that each visits: one after the other, bands a few at a time."""
     *_, axis, _ = range(len(blocks))
-    operands = (operands[0].widened(), *operands[1:])  # head by head, never as a whole
+    operands = (operands[0].widened(), *operands[1:])  # of one head, where heads are looped over
     size, block = operands[0].sizes[axis], blocks[axis]
     roles = _roles(blocks, operands)
     keys, run_row = _by_keys(run, visits, blocks, roles, operands)
@@ -194,8 +194,9 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
     pieces, together = _split(operands, cut, roles)
-    bands = {"batch_size": visits.together} if visits.together > 1 else {}
-    results = lax.map(_forget(rows), (starts, pieces, keys, visits.order, visits.kinds), **bands)
+    several = _together(visits, blocks, roles)
+    at_once = {"batch_size": several} if several > 1 else {}
+    results = lax.map(_forget(rows), (starts, pieces, keys, visits.order, visits.kinds), **at_once)
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
 
 
@@ -212,6 +213,16 @@ def _roles(blocks: tuple[int, ...], operands: Any) -> list[Role]:
     moving = [False] * len(jax.tree.leaves(problem)) + [True] * len(directions) + [False] * len(residuals)
     shapes = [leaf.shape[len(blocks) - 2 :] for leaf in jax.tree.leaves(operands)]
     return [Role(not _is_one(T), not _is_one(S), m) for (T, S, *_), m in zip(shapes, moving, strict=True)]
+
+
+def _together(visits: "Visits", blocks: tuple[int, ...], roles: list[Role]) -> int:
+    """How many blocks of rows visit their bands at the same time: XLA is slow at small products, one by one."""
+    *_, G, block_q, block_kv = blocks
+    # Rows of something T x S are sliced, and slices at different places would be gathered.
+    if visits.order is None or visits.width == 1 or any(role.rows and role.keys for role in roles):
+        return 1
+    room = SCORES_TOGETHER // (G * block_q * block_kv * visits.width)
+    return max(d for d in range(1, max(room, 1) + 1) if len(visits.order) % d == 0)
 
 
 def _by_keys(
@@ -384,8 +395,7 @@ class Visits(NamedTuple):
     order: np.ndarray | None  # [rows, visits, width]  the blocks; None: all, one by one
     kinds: np.ndarray | None  # [rows, visits]  what each visit is, as an index of `present`; None: arrays decide
     present: tuple[int, ...]  # the kinds there are
-    width: int  # how many blocks a visit takes: if more than one, it is the only one
-    together: int  # how many blocks of rows visit theirs at the same time
+    width: int  # how many blocks a visit takes: if more than one, it is all that a block of rows visits
     S: int
 
 
@@ -399,29 +409,19 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
         # To agree on a block, examples and heads on different devices would have to ask each other.
         decided = jax.device_count() > 1 and any(block != 1 for block in plan.blocks[:-3])
     if kinds is None:
-        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, 1, S)
-    order, width, together, most = None, 1, 1, int((kinds != EMPTY).sum(1).max(initial=0))
+        return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, S)
+    order, width, most = None, 1, int((kinds != EMPTY).sum(1).max(initial=0))
     if most < kinds.shape[1]:
         order = np.argsort(kinds == EMPTY, axis=1, kind="stable")[:, :most, None].astype(np.int32)
         kinds = np.take_along_axis(kinds, order[:, :, 0], axis=1)
         if decided and _is_band(plan.blocks, kinds, S):
             order, width = np.swapaxes(order, 1, 2), most
             kinds = np.full((len(kinds), 1), FULL if (kinds == FULL).all() else PARTIAL)
-            together = _together(problem, plan.blocks, len(kinds), width)
     if not decided:
-        return Visits(order, None, (EMPTY, PARTIAL, FULL), width, together, S)
+        return Visits(order, None, (EMPTY, PARTIAL, FULL), width, S)
     # Where there is no block at all the loop is traced still, so it wants a branch.
     present = tuple(kind for kind in (EMPTY, PARTIAL, FULL) if (kinds == kind).any()) or (EMPTY,)
-    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width, together, S)
-
-
-def _together(problem: Problem, blocks: tuple[int, ...], rows: int, width: int) -> int:
-    """How many blocks of rows visit their bands at the same time: XLA is slow at small products, one by one."""
-    *_, G, block_q, block_kv = blocks
-    if any(role.rows and role.keys for role in _roles(blocks, (problem, ()))):
-        return 1  # rows of something T x S are sliced, and slices at different places would be gathered
-    room = SCORES_TOGETHER // (G * block_q * block_kv * width)
-    return max(d for d in range(1, max(room, 1) + 1) if rows % d == 0)
+    return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width, S)
 
 
 def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
@@ -465,7 +465,7 @@ def static_kinds(problem: Problem, blocks: tuple[int, ...]) -> np.ndarray | None
 def _forget(f: Callable) -> Callable:
     """Lets a block be computed again where a derivative needs it, instead of keeping its scores.
 
-    In the tangent this is what makes memory linear. In the forward, where nothing is ever differentiated, it keeps an
+    In the tangent this is what makes memory linear. In the forward, which is not to be differentiated, it keeps an
     enclosing `lax.scan` from hoisting the masks of all blocks out of its loop. A loop needs no barrier against CSE.
     """
     return jax.checkpoint(f, prevent_cse=False)

@@ -486,3 +486,41 @@ def test_every_modifier_is_tested_here():
         if isinstance(value, type) and value.__module__ == "jattn.scores" and not name.startswith("_")
     }
     assert public - {"Modifier", "Dropout"} <= {type(value).__name__ for value in values().values()}
+
+
+@both
+def test_parameters_of_a_function_may_be_complex(implementation):
+    q, k, v = qkv()
+    weights = jnp.asarray(random(3) + 1j * random(3, seed=1))
+
+    def waves(score, q_pos, kv_pos, weights):
+        angle = jnp.multiply.outer(jnp.arange(1.0, 4.0), (q_pos - kv_pos).astype(float))
+        return score + jnp.einsum("w,w...->...", weights, jnp.exp(jax.lax.complex(jnp.zeros_like(angle), angle))).real
+
+    def ours(weights, q):
+        scores = (Function(waves, weights),)
+        return loss(jattn.attention(q, k, v, scores=scores, q_offset=0, implementation=implementation))
+
+    def obvious(weights, q):
+        return loss(
+            plain.attend(q, k, v, score=lambda s: waves(s, np.arange(T)[:, None], np.arange(S)[None], weights))[0]
+        )
+
+    got, wanted = (jax.jit(jax.grad(f, (0, 1)))(weights, q) for f in (ours, obvious))
+    np.testing.assert_allclose(got[0], wanted[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got[1], wanted[1], rtol=0, atol=1e-12)
+
+
+@both
+@pytest.mark.parametrize("modifier", [Bias, Sink, ALiBi], ids=lambda modifier: modifier.__name__)
+def test_narrow_arrays_are_not_left_to_promotion(implementation, modifier):
+    """Which is strict in these tests: what is forgotten raises, in the derivatives too."""
+    x = qkv(dtype=jnp.bfloat16)
+    array = jnp.asarray(random(N), jnp.bfloat16).reshape((N, 1, 1) if modifier is Bias else N)
+
+    def slope(array, *x):
+        scores = (modifier(array),)
+        return loss(jattn.attention(*x, scores=scores, q_offset=0, implementation=implementation).astype(float))
+
+    gradients = derivatives(lambda args: slope(*args), (array, *x))
+    assert all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(gradients))
