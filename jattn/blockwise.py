@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn import softmax, sweep
+from jattn import checks, softmax, sweep
 from jattn.problem import Problem
 from jattn.softmax import Running
 
@@ -85,7 +85,7 @@ def _attend_jvp(plan: sweep.Plan, primals: tuple[Problem], tangents: tuple[Probl
     problem = primals[0].widened()
     state = _attend(plan, problem)  # itself, so that higher orders meet this rule again
     live = {i: d for i, d in enumerate(jax.tree.leaves(tangents)) if _is_direction(d)}
-    directions = [d.astype(jnp.float32) if jnp.finfo(d.dtype).bits < 32 else d for d in live.values()]
+    directions = [d.astype(jnp.float32) if checks.is_narrow(d) else d for d in live.values()]
     return state, _tangent(plan, list(live), problem, directions, state)
 
 
@@ -176,7 +176,7 @@ def _lead_blocks(problem: Problem, whole: bool) -> list[int]:
             blocks.append(1)
             room = 1
         else:
-            blocks.append(max(d for d in range(1, max(min(room, size), 1) + 1) if size % d == 0))
+            blocks.append(sweep.divisor(size, room))
             room = room // blocks[-1] if blocks[-1] == size else 1
     return blocks[::-1]
 

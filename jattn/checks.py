@@ -65,6 +65,11 @@ def wide(*arrays: Any) -> Any:
     return jnp.float64 if any(jnp.result_type(array) == jnp.float64 for array in arrays) else jnp.float32
 
 
+def is_narrow(array: Any) -> bool:
+    """Whether `array` is of floats narrower than float32."""
+    return jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+
+
 def as_array(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError if it cannot be one."""
     try:

@@ -191,8 +191,7 @@ def take_slice(array: jax.Array, start: jax.Array, size: int, axis: int) -> jax.
     XLA has no narrow floats on a CPU. It widens what is sliced, and because that is the same array each time, it would
     do so before the loop; the barrier says that it is not.
     """
-    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
-    if narrow and jax.default_backend() == "cpu":
+    if checks.is_narrow(array) and jax.default_backend() == "cpu":
         array, start = lax.optimization_barrier((array, start))
     return lax.dynamic_slice_in_dim(array, start, size, axis)
 

@@ -26,12 +26,12 @@ class Running(NamedTuple):
 
 
 def start(shape: tuple[int, ...], V: int, dtype: jnp.dtype, sink: jax.Array | None = None) -> Running:
-    """The triple over no keys, for queries of shape `[..., T]`; or over a sink: one logit `[..., 1]` with value 0."""
+    """The triple over no keys, for queries `[..., T]`; or over a sink: one logit `[..., 1]` of `dtype` with value 0."""
     o = jnp.zeros((*shape, V), dtype)
     if sink is None:
         # The least finite number in place of -inf: -inf - -inf is nan, and it would trip jax_debug_infs.
         return Running(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype), o)
-    sink = jnp.broadcast_to(sink.astype(dtype), shape)
+    sink = jnp.broadcast_to(sink, shape)
     m = lax.stop_gradient(jnp.maximum(sink, jnp.finfo(dtype).min))  # a sink of -inf is none
     return Running(m, jnp.exp(sink - m), o)
 

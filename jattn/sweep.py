@@ -18,7 +18,7 @@ from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
-SCORES_TOGETHER = 2**18  # in visits at the same time, for one key/value head: they stay in cache
+SCORES_AT_ONCE = 2**18  # in visits at the same time, for one key/value head: they stay in cache
 
 
 class Plan(NamedTuple):
@@ -194,9 +194,8 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
     pieces, together = _split(operands, cut, roles)
-    several = _together(visits, blocks, roles)
-    at_once = {"batch_size": several} if several > 1 else {}
-    results = lax.map(_forget(rows), (starts, pieces, keys, visits.order, visits.kinds), **at_once)
+    xs = (starts, pieces, keys, visits.order, visits.kinds)
+    results = lax.map(_forget(rows), xs, batch_size=_rows_at_once(visits, blocks, roles))
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
 
 
@@ -215,14 +214,19 @@ def _roles(blocks: tuple[int, ...], operands: Any) -> list[Role]:
     return [Role(not _is_one(T), not _is_one(S), m) for (T, S, *_), m in zip(shapes, moving, strict=True)]
 
 
-def _together(visits: "Visits", blocks: tuple[int, ...], roles: list[Role]) -> int:
-    """How many blocks of rows visit their bands at the same time: XLA is slow at small products, one by one."""
+def _rows_at_once(visits: "Visits", blocks: tuple[int, ...], roles: list[Role]) -> int | None:
+    """How many blocks of rows visit their bands at the same time, because XLA is slow at small products; None: one."""
     *_, G, block_q, block_kv = blocks
     # Rows of something T x S are sliced, and slices at different places would be gathered.
     if visits.order is None or visits.width == 1 or any(role.rows and role.keys for role in roles):
-        return 1
-    room = SCORES_TOGETHER // (G * block_q * block_kv * visits.width)
-    return max(d for d in range(1, max(room, 1) + 1) if len(visits.order) % d == 0)
+        return None
+    several = divisor(len(visits.order), SCORES_AT_ONCE // (G * block_q * block_kv * visits.width))
+    return several if several > 1 else None
+
+
+def divisor(size: int, at_most: int) -> int:
+    """The greatest divisor of a size that is at most `at_most`, or else 1."""
+    return max(d for d in range(1, max(min(at_most, size), 1) + 1) if size % d == 0)
 
 
 def _by_keys(
@@ -425,13 +429,13 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
 
 
 def _is_band(blocks: tuple[int, ...], kinds: np.ndarray, S: int) -> bool:
-    """Whether each block of rows visits so few that gathering them costs little, and that they make one block.
+    """Whether each block of rows visits several, so few that gathering them costs little, and that they make one block.
 
     And nearly as many as the others: what the `kinds` of its visits, `[rows, width]`, call EMPTY is computed too.
     """
     *_, G, block_q, block_kv = blocks
     rows, keys = len(kinds), kinds.shape[1] * block_kv
-    few = 0 < keys <= S // 2 and rows * keys <= 4 * S and G * block_q * keys <= SCORES_AT_MOST
+    few = block_kv < keys <= S // 2 and rows * keys <= 4 * S and G * block_q * keys <= SCORES_AT_MOST
     return few and float(np.mean(kinds != EMPTY)) >= 0.75
 
 
@@ -465,8 +469,8 @@ def static_kinds(problem: Problem, blocks: tuple[int, ...]) -> np.ndarray | None
 def _forget(f: Callable) -> Callable:
     """Lets a block be computed again where a derivative needs it, instead of keeping its scores.
 
-    In the tangent this is what makes memory linear. In the forward, which is not to be differentiated, it keeps an
-    enclosing `lax.scan` from hoisting the masks of all blocks out of its loop. A loop needs no barrier against CSE.
+    In the tangent this is what makes memory linear. In the forward it keeps an enclosing
+    `lax.scan` from hoisting the masks of all blocks out of its loop. A loop needs no barrier against CSE.
     """
     return jax.checkpoint(f, prevent_cse=False)
 
