@@ -162,10 +162,11 @@ def name_of(point: Mapping[str, str]) -> str:
     return "-".join(point.values())
 
 
-def compiled(mode: Callable, f: Callable, p: Problem) -> Callable:
+def compiled(mode: Callable, f: Callable, p: Problem, **options) -> Callable:
     """mode(f, args, tangents) as a function of a problem like p, at its precision: NumPy arrays."""
     with cases.precision(p.case):
-        executable = jax.jit(lambda args, tangents: mode(f, args, tangents)).lower(p.args, p.tangents).compile()
+        lowered = jax.jit(lambda args, tangents: mode(f, args, tangents)).lower(p.args, p.tangents)
+        executable = lowered.compile(compiler_options=options)
 
     def run(p: Problem):
         with cases.precision(p.case):
@@ -174,9 +175,9 @@ def compiled(mode: Callable, f: Callable, p: Problem) -> Callable:
     return run
 
 
-def run(mode: Callable, f: Callable, p: Problem):
-    """mode(f, args, tangents) as NumPy arrays, computed at the precision of the problem."""
-    return compiled(mode, f, p)(p)
+def run(mode: Callable, f: Callable, p: Problem, **options):
+    """mode(f, args, tangents) as NumPy arrays, at the precision of the problem, compiled with these options."""
+    return compiled(mode, f, p, **options)(p)
 
 
 def assert_close(actual, exact, *, tol: float):
