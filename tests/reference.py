@@ -48,9 +48,15 @@ def attention(q, k, v, *, keep=True, scores=(), scale=None, sink=None, dropout=1
     return out, lse, weights
 
 
-def assert_within_budget(actual, exact, plain, slack=3.0):
-    """Asserts that `actual` errs at most `slack` times as much as `plain` code at its precision, plus a rounding."""
+def assert_within_budget(actual, exact, plain, again=None, slack=3.0):
+    """Asserts that `actual` errs at most `slack` times as much as `plain` code at its precision, plus a rounding.
+
+    The error of a scalar is one draw and not the largest of many, so plain code may be lucky with it: `again` is what
+    the same code gives when it is compiled otherwise, and the worse of the two measures a scalar.
+    """
     actual, exact, plain = (np.asarray(a) for a in (actual, exact, plain))
+    if exact.ndim == 0 and again is not None:
+        plain = max(plain, np.asarray(again), key=lambda drawn: abs(drawn.astype(np.float64) - exact))
     assert actual.shape == exact.shape == plain.shape, f"{actual.shape=} {exact.shape=} {plain.shape=}"
     assert actual.dtype == plain.dtype, f"{actual.dtype=} {plain.dtype=}"
     eps = float(ml_dtypes.finfo(plain.dtype).eps)

@@ -127,6 +127,19 @@ def test_the_comparison_fails_on_what_a_tolerance_may_overlook():
             reference.assert_within_budget(wrong, exact, single)
 
 
+def test_a_scalar_is_measured_by_the_worse_of_two_draws_and_an_array_by_the_first():
+    exact, lucky, unlucky, wrong = 1.0, np.float32(1), np.float32(1 + 1e-6), np.float32(1 + 2e-6)
+    for again in (None, lucky):
+        with pytest.raises(AssertionError, match="exceeds"):
+            reference.assert_within_budget(wrong, exact, lucky, again)
+    reference.assert_within_budget(wrong, exact, lucky, unlucky)
+    reference.assert_within_budget(wrong, exact, unlucky, lucky)
+    with pytest.raises(AssertionError, match="exceeds"):
+        reference.assert_within_budget(wrong[None], np.ones(1), lucky[None], unlucky[None])
+    with pytest.raises(AssertionError, match="exceeds"):
+        reference.assert_within_budget(np.float32(np.nan), exact, lucky, unlucky)
+
+
 def test_the_oracle_is_small_and_shares_no_code_with_the_library():
     for module, most in ((reference, 80), (naive, 80)):
         source = Path(inspect.getfile(module)).read_text()
