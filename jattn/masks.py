@@ -17,9 +17,11 @@ CPU. Under `vmap` over such an array a block is skipped if it is empty for all e
 for each). Several devices would have to agree on them, so there they are masked instead.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +53,10 @@ class Mask(Value):
         return self.ordered
 
     def __and__(self, other: Any) -> "Mask":
-        return _both(self, as_mask(other))
+        return _join(And, Full, Empty, self, as_mask(other))
 
     def __or__(self, other: Any) -> "Mask":
-        return _either(self, as_mask(other))
+        return _join(Or, Empty, Full, self, as_mask(other))
 
     def __rand__(self, other: Any) -> "Mask":
         return as_mask(other) & self
@@ -135,7 +137,7 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
 
 def known(mask: Mask) -> Mask:
     """Returns what is known of the mask while tracing: parts that carry arrays may allow, or may not."""
-    if isinstance(mask, And | Or):
+    if isinstance(mask, _Joined):
         return mask.replace(masks=tuple(map(known, mask.masks)))
     if isinstance(mask, Not):
         return mask.replace(mask=known(mask.mask))
@@ -373,45 +375,36 @@ class Function(Mask):
         return jnp.asarray(allowed)
 
 
-class And(Mask):
-    """All of the masks must allow."""
+class _Joined(Mask):
+    """Several masks joined by an operator; what `And` and `Or` have in common."""
 
     masks: tuple[Mask, ...]
+    operator: ClassVar[Any]
 
     @property
     def is_ordered(self) -> bool:
         return any(mask.is_ordered for mask in self.masks)
 
-    def lay_out(self, sizes: tuple[int, ...]) -> "And":
+    def lay_out(self, sizes: tuple[int, ...]) -> Self:
         return self.replace(masks=tuple(mask.lay_out(sizes) for mask in self.masks))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
-        allowed = self.masks[0](q_pos, kv_pos)
-        for mask in self.masks[1:]:
-            allowed = allowed & mask(q_pos, kv_pos)
-        return allowed
+        return functools.reduce(self.operator, (mask(q_pos, kv_pos) for mask in self.masks))
+
+
+class And(_Joined):
+    """All of the masks must allow."""
+
+    operator = operator.and_
 
     def __repr__(self) -> str:
         return " & ".join(f"({m!r})" if isinstance(m, Or) else repr(m) for m in self.masks)
 
 
-class Or(Mask):
+class Or(_Joined):
     """Any of the masks may allow."""
 
-    masks: tuple[Mask, ...]
-
-    @property
-    def is_ordered(self) -> bool:
-        return any(mask.is_ordered for mask in self.masks)
-
-    def lay_out(self, sizes: tuple[int, ...]) -> "Or":
-        return self.replace(masks=tuple(mask.lay_out(sizes) for mask in self.masks))
-
-    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
-        allowed = self.masks[0](q_pos, kv_pos)
-        for mask in self.masks[1:]:
-            allowed = allowed | mask(q_pos, kv_pos)
-        return allowed
+    operator = operator.or_
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.masks))
@@ -436,7 +429,7 @@ class Not(Mask):
         return ~self.mask(q_pos, kv_pos)
 
     def __repr__(self) -> str:
-        return f"~({self.mask!r})" if isinstance(self.mask, And | Or) else f"~{self.mask!r}"
+        return f"~({self.mask!r})" if isinstance(self.mask, _Joined) else f"~{self.mask!r}"
 
 
 def as_mask(mask: Any) -> Mask:
@@ -492,29 +485,16 @@ def _is_numpy(*arrays: Any) -> bool:
     return not any(isinstance(array, jax.Array) for array in arrays)
 
 
-def _both(a: Mask, b: Mask) -> Mask:
-    if isinstance(a, Empty) or isinstance(b, Full):
+def _join(kind: type[_Joined], neutral: type[Mask], absorbing: type[Mask], a: Mask, b: Mask) -> Mask:
+    """Joins two masks, simplified where it is obvious."""
+    if isinstance(a, absorbing) or isinstance(b, neutral):
         return a
-    if isinstance(b, Empty) or isinstance(a, Full):
+    if isinstance(b, absorbing) or isinstance(a, neutral):
         return b
-    parts = (a.masks if isinstance(a, And) else (a,)) + (b.masks if isinstance(b, And) else (b,))
-    return _joined(And, parts)
-
-
-def _either(a: Mask, b: Mask) -> Mask:
-    if isinstance(a, Full) or isinstance(b, Empty):
-        return a
-    if isinstance(b, Full) or isinstance(a, Empty):
-        return b
-    parts = (a.masks if isinstance(a, Or) else (a,)) + (b.masks if isinstance(b, Or) else (b,))
-    return _joined(Or, parts)
-
-
-def _joined(kind: Callable[[tuple[Mask, ...]], Mask], parts: tuple[Mask, ...]) -> Mask:
     different: list[Mask] = []
-    for part in parts:
-        if part not in different:
-            different.append(part)
+    for mask in (a, b):
+        parts = mask.masks if isinstance(mask, kind) else (mask,)
+        different += [part for part in parts if part not in different]
     return different[0] if len(different) == 1 else kind(tuple(different))
 
 
@@ -538,7 +518,7 @@ def _sizes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def _parts(mask: Mask) -> Iterator[Mask]:
     """The masks that a mask is made of."""
-    inside = mask.masks if isinstance(mask, And | Or) else (mask.mask,) if isinstance(mask, Not) else ()
+    inside = mask.masks if isinstance(mask, _Joined) else (mask.mask,) if isinstance(mask, Not) else ()
     yield from [part for one in inside for part in _parts(one)] if inside else [mask]
 
 
