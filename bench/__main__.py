@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--seconds", type=float, default=10.0, help="about so long a trial (10), but at least a third of the rounds"
     )
-    p.add_argument("--out", type=Path, help="folder for RESULTS.md, results.json and plots")
-    p.add_argument("--update-readme", action="store_true", help="write the README's table after a full run (or --from)")
+    p.add_argument("--out", type=Path, help="folder for RESULTS.md, results.json and plots (bench)")
+    p.add_argument("--update-readme", action="store_true", help="write the README's tables: a full run, or --from one")
     p.add_argument("--from", dest="source", type=Path, metavar="JSON", help="report on an earlier run's results.json")
     return p
 
@@ -64,6 +64,12 @@ def _trials(args: argparse.Namespace) -> list[Trial] | None:
         lists = args.work or ["forward"], args.mask or ["full"], args.dtype or ["f32"], args.sizes or [4096]
         return product(*lists, args.shape or (1, 8, 8, 64))
     return QUICK if args.quick else None
+
+
+def _of_other_machines() -> dict[str, report.Result]:
+    """The runs that are kept in folders of their own (by --out bench/NAME), by folder."""
+    kept = sorted(HERE.glob("*/results.json"))
+    return {f"bench/{path.parent.name}": report.from_json(path.read_text()) for path in kept}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         report.plots(result, out)
         print(f"written to {out}", file=sys.stderr)
     if args.update_readme:
-        README.write_text(report.with_table(README.read_text(), result))
+        README.write_text(report.with_tables(README.read_text(), {"bench": result} | _of_other_machines()))
     ours = [row for row in result.rows if row.contender.startswith(report.OURS)]
     return 1 if any(row.status in ("wrong", "failed") for row in ours) else 0
 

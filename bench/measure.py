@@ -24,7 +24,7 @@ from bench import oracle
 from bench.cases import DTYPES, Case, Trial, numbers
 from bench.contenders import CONTENDERS, Built, Unsupported, memory_bytes
 
-SETTLE_S, SAMPLE_S = 0.005, 0.02
+SETTLE_S, SAMPLE_S, WARM_S = 0.005, 0.02, 0.3
 SETTLE_BELOW_S = 0.5  # what takes longer hides what the one before it left behind
 
 
@@ -88,7 +88,10 @@ def copy(size: int) -> Unit:
 
 
 def rate(unit: Unit, rounds: int = 5) -> float:
-    unit.call()
+    """Amount per second, once warm: torch's threads take some calls until each has a core to itself."""
+    end = time.perf_counter() + WARM_S
+    while time.perf_counter() < end:
+        unit.call()
     return unit.amount / statistics.median(sample(unit.call, 1) for _ in range(rounds))
 
 

@@ -1,4 +1,4 @@
-"""From rows to what people read: Markdown, JSON, pictures, and the table in the README."""
+"""From rows to what people read: Markdown, JSON, pictures, and the tables in the README."""
 
 from __future__ import annotations
 
@@ -213,8 +213,8 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme_table(result: Result) -> str:
-    """The few lines that the README shows."""
+def readme_table(result: Result, folder: str) -> str:
+    """The few lines that the README shows of the run in a folder."""
     long = [case._replace(mask=mask) for case in (LONG, WIDE) for mask in ("full", "causal")]
     shown = [case._replace(work=work) for work in ("forward", "grad") for case in long]
     shown += [LONG._replace(T=512, S=512), STEP, STEP._replace(head_major=True), LONG._replace(dtype="bf16")]
@@ -223,13 +223,14 @@ def readme_table(result: Result) -> str:
     some = [row for row in some if any(other.trial == row.trial and other.contender != OURS for other in some)]
     about = "{device}; {versions}; {date}.".format(**result.machine)
     meaning = "After `·` stands jattn's time as a share of that peer's, bold where it loses."
-    return f"{case_table(some, peers)}\n\n{about} {meaning} All cases: [bench/RESULTS.md](bench/RESULTS.md)."
+    return f"{case_table(some, peers)}\n\n{about} {meaning} All cases: [{folder}/RESULTS.md]({folder}/RESULTS.md)."
 
 
-def with_table(readme: str, result: Result) -> str:
-    """The README with the table of this run between its two marker lines."""
+def with_tables(readme: str, results: dict[str, Result]) -> str:
+    """The README with a table for the run in each of these folders between its two marker lines."""
     before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{readme_table(result)}\n{END}{rest.split(END, 1)[1]}"
+    tables = "\n\n".join(readme_table(result, folder) for folder, result in results.items())
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END, 1)[1]}"
 
 
 # --- pictures ---

@@ -1,5 +1,6 @@
 """The bench judges answers before it takes times: its oracle, its verdicts, its report. No test asserts a time."""
 
+import re
 import sys
 
 import jax
@@ -168,9 +169,14 @@ def test_report_shows_targets_and_losses(tmp_path):
 
     text = report.markdown(result)
     assert "## Where jattn loses" in text and "2.00 times torch" in text and "times jax.nn" not in text
-    readme = report.with_table(f"before\n{report.BEGIN}\nformer\n{report.END}\nafter\n", result)
+    results = {"bench": result, "bench/other": result._replace(machine=result.machine | {"device": "another"})}
+    readme = report.with_tables(f"before\n{report.BEGIN}\nformer\n{report.END}\nafter\n", results)
     assert "former" not in readme and readme.startswith("before") and readme.endswith("after\n")
-    assert "**2.00**" in readme and "a device" in readme
+    assert "**2.00**" in readme
+    assert re.findall(r"^(.*?); .*\((.*)\)\.$", readme, re.MULTILINE) == [
+        ("a device", "bench/RESULTS.md"),
+        ("another", "bench/other/RESULTS.md"),
+    ]
     for path in report.plots(result, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
 
