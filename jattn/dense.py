@@ -21,8 +21,9 @@ def attend(problem: Problem) -> Running:
       m and l `[*B, K, G, T]`, o `[*B, K, G, T, V]`, in the dtype of the sums.
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
+    guard = not problem.all_take_part()  # which copies keys and values, all of them here
     problem = problem.with_positions().widened()
-    return problem.take(problem.start(), problem.keep())
+    return problem.take(problem.start(), problem.keep(), guard)
 
 
 @jax.jit

@@ -68,9 +68,26 @@ class Problem(NamedTuple):
         """The running softmax before any key, for queries `[*B, K, G, T]`."""
         return softmax.start(self.sizes[:-1], self.v.shape[-1], checks.wide(self.q), self.sink_logits())
 
-    def take(self, state: Running, keep: jax.Array | None) -> Running:
-        """Takes the keys that `keep` allows (None: all) into the running softmax."""
-        s, v = self.scores(keep)
+    def all_take_part(self) -> bool:
+        """Whether it is known while tracing that every query attends to some key, and every key is attended to.
+
+        It is if a query attends to all keys and a key is attended to by all queries, as the last and the first of
+        `Causal()`; of the rest nothing is said.
+        """
+        T, S = self.sizes[-2:]
+        static = isinstance(T, int) and isinstance(S, int) and not jax.tree.leaves(self.mask)
+        if not static or not (isinstance(self.q_pos, Range) and isinstance(self.kv_pos, Range)):
+            return False
+        q_pos, kv_pos = self.q_pos.array(T)[:, None], self.kv_pos.array(S)[None, :]
+        lines = ((1, max(S, 1)), (max(T, 1), 1))
+        return all(masks.blocks(self.mask, q_pos, kv_pos, *line)[1].any() for line in lines)
+
+    def take(self, state: Running, keep: jax.Array | None, guard: bool = True) -> Running:
+        """Takes the keys that `keep` allows (None: all) into the running softmax.
+
+        Without `guard` all must take part, for then what takes none is not put to 0.
+        """
+        s, v = self.scores(keep if guard else None)
         return softmax.update(state, s, v, keep, self.factor())
 
     def keep(self) -> jax.Array | None:

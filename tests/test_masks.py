@@ -13,6 +13,7 @@ import pytest
 import jattn
 from jattn import masks, scores
 from jattn.masks import Causal, Dense, Empty, Full, Function, Lengths, Prefix, Segments, SlidingWindow, Window
+from jattn.problem import lay_out
 from tests.pictures import catalogue, draw, striped
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
@@ -460,6 +461,34 @@ def test_errors(name):
     build, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("mask", "T", "q_offset", "all_do"),
+    [
+        (None, 5, 0, True),
+        (Causal(), 5, 0, True),
+        (Causal(), 2, 3, True),  # decoding
+        (Causal(), 2, 0, False),  # the last keys are in the future
+        (Causal(), 5, -1, False),  # the first query comes before all keys
+        (~Causal(), 5, 0, False),
+        (Prefix(2), 5, 0, False),
+        (Prefix(2) | Causal(), 5, 0, True),
+        (Causal() & Lengths(kv=4), 5, 0, False),
+        (Window(1, 0), 5, 0, False),  # all do, but no query sees all keys: nothing is known
+        (Function(np.greater_equal), 5, 0, False),
+        (Lengths(kv=np.int32(5)), 5, 0, False),  # an array decides
+        (Causal(), 0, 0, False),
+        (Empty(), 5, 0, False),
+    ],
+    ids=str,
+)
+def test_what_is_known_to_take_part_does(mask, T, q_offset, all_do):
+    q, k = np.zeros((T, 2, 3), np.float32), np.zeros((5, 1, 3), np.float32)
+    assert lay_out(q, k, k, mask=mask, q_offset=q_offset).all_take_part() == all_do
+    if all_do and mask is not None:
+        allowed = np.asarray(mask.to_array(T, 5, q_offset=q_offset))
+        assert allowed.any(0).all() and allowed.any(1).all()
 
 
 def test_every_mask_is_in_the_catalogue():

@@ -187,3 +187,14 @@ def test_few_queries_take_all_keys_at_once_but_not_more_scores_than_others(T, S,
     *_, G, block_q, block_kv = jattn.explain(spec(T, N, 64), spec(S, K, 64), spec(S, K, 64)).block_sizes
     assert block_kv == keys
     assert G * block_q * block_kv <= 2**20
+
+
+def test_decoding_copies_no_head_major_keys():
+    T, S, N, K, H = 4, 8192, 32, 8, 128
+
+    def f(q, k, v):
+        k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
+        return jattn.attention(q, k, v, mask=masks.Causal(), q_offset=S - T, implementation="dense")
+
+    cache = jax.ShapeDtypeStruct((K, S, H), jnp.float32)
+    assert temp_bytes(f, spec(T, N, H), cache, cache) < S * K * H * 4 / 2
