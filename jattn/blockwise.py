@@ -73,7 +73,7 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan: sweep.Plan, problem: Problem) -> Running:
     def step(state: Running, keep: jax.Array | None, problem: Problem, _: Any) -> Running:
-        return problem.take(state, keep)
+        return problem.take(state, keep, plan.guard)
 
     # Right without the rule too: before 0.12 JAX drops the rules of what it hoists out of a differentiated `lax.scan`.
     return sweep.sweep(plan, lambda problem, _: problem.start(), step, problem, ())
@@ -119,8 +119,8 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
 
     def step(state: Any, keep: Any, problem: Problem, directions: Any, m: jax.Array, answered: jax.Array) -> Any:
         dl, do = state
-        (s, v), (ds, dv) = along(lambda problem: problem.scores(keep), problem, directions)
-        e = softmax.exponentials(s, shift(m, answered), keep)
+        (s, v), (ds, dv) = along(lambda problem: problem.scores(keep if plan.guard else None), problem, directions)
+        e = jnp.exp(softmax.masked(s, keep) - shift(m, answered)[..., None])
         de, factor = e * (ds if keep is None else jnp.where(keep, ds, 0)), problem.factor()
         weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
         return dl + de.sum(-1), do + softmax.weigh(dweights, v) + softmax.weigh(weights, dv)

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from jattn import softmax
 from jattn.problem import Problem
@@ -36,6 +37,6 @@ def weights(problem: Problem) -> jax.Array:
     keep = problem.keep()
     s, v = problem.scores(keep)
     state = softmax.update(problem.start(), s, v, keep)
-    p = softmax.output(state._replace(o=softmax.exponentials(s, state.m, keep)))
+    p = softmax.output(state._replace(o=jnp.exp(softmax.masked(s, keep) - state.m[..., None])))
     factor = problem.factor()
     return p if factor is None else p * factor

@@ -4,6 +4,7 @@ Everything in it has one form, `[*B, K, G, T, S, ...]` with each axis full or 1,
 same slice of everything and is again a problem.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from jax import lax
 from jattn import checks, masks, softmax
 from jattn.scores import Dropout, Modifier, Sink, as_scores, split
 from jattn.softmax import Running
-from jattn.values import Value
+from jattn.values import Interval, Value
 
 _ValueT = TypeVar("_ValueT", bound=Value)
 
@@ -71,18 +72,25 @@ class Problem(NamedTuple):
     def all_take_part(self) -> bool:
         """Whether it is known while tracing that every query attends to some key, and every key is attended to.
 
-        It is if a query attends to all keys and a key is attended to by all queries, as the last and the first of
-        `Causal()`; of the rest nothing is said.
+        Each is asked about three of the others, at its own position or nearest to it, the first and the last, no more.
         """
         T, S = self.sizes[-2:]
-        static = isinstance(T, int) and isinstance(S, int) and not jax.tree.leaves(self.mask)
+        static = isinstance(T, int) and isinstance(S, int) and T > 0 and S > 0 and not jax.tree.leaves(self.mask)
         if not static or not (isinstance(self.q_pos, Range) and isinstance(self.kv_pos, Range)):
             return False
-        q_pos, kv_pos = self.q_pos.array(T)[:, None], self.kv_pos.array(S)[None, :]
-        lines = ((1, max(S, 1)), (max(T, 1), 1))
-        return all(masks.blocks(self.mask, q_pos, kv_pos, *line)[1].any() for line in lines)
+        q_pos, kv_pos = self.q_pos.array(T), self.kv_pos.array(S)
 
-    def take(self, state: Running, keep: jax.Array | None, guard: bool = True) -> Running:
+        def surely(pairs: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+            verdicts = [Interval.of(self.mask(*map(Interval.of, pair))).lo for pair in pairs]
+            return bool(np.all(functools.reduce(np.logical_or, verdicts)))
+
+        def three(pos: np.ndarray, of: np.ndarray) -> list[np.ndarray]:
+            return [np.clip(pos, of[0], of[-1]), of[:1], of[-1:]]
+
+        asks = surely([(q_pos, key) for key in three(q_pos, kv_pos)])
+        return asks and surely([(query, kv_pos) for query in three(kv_pos, q_pos)])
+
+    def take(self, state: Running, keep: jax.Array | None, guard: bool) -> Running:
         """Takes the keys that `keep` allows (None: all) into the running softmax.
 
         Without `guard` all must take part, for then what takes none is not put to 0.

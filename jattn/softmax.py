@@ -50,21 +50,18 @@ def update(
       keep: bool, broadcastable to `s`: False keys do not count. None: all do.
       factor: broadcastable to `s`, of weights on their way to the values (dropout). None: 1.
     """
-    least = jnp.finfo(s.dtype).min
-    highest = jnp.max(s if keep is None else jnp.where(keep, s, least), axis=-1, initial=least)
+    s = masked(s, keep)
+    highest = jnp.max(s, axis=-1, initial=jnp.finfo(s.dtype).min)
     m = lax.stop_gradient(jnp.maximum(state.m, highest))
-    p = exponentials(s, m, keep)
+    p = jnp.exp(s - m[..., None])
     rescale = jnp.exp(state.m - m)
     weights = p if factor is None else p * factor
     return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + weigh(weights, v))
 
 
-def exponentials(s: jax.Array, m: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-    """Returns exp(s - m), `[..., T, S]`; 0 where `keep` is False."""
-    if keep is None:
-        return jnp.exp(s - m[..., None])
-    # A row that keeps nothing has m = least = s, whose exponential is 1: masking the scores alone is not enough.
-    return jnp.where(keep, jnp.exp(jnp.where(keep, s, jnp.finfo(s.dtype).min) - m[..., None]), 0)
+def masked(s: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """Puts -inf where `keep` is False, whose exponential is 0 whatever finite m is subtracted from it."""
+    return s if keep is None else jnp.where(keep, s, -jnp.inf)
 
 
 def weigh(p: jax.Array, v: jax.Array) -> jax.Array:

@@ -27,11 +27,13 @@ class Plan(NamedTuple):
     blocks: tuple[int, ...]  # the block size along each of [*B, K, G, T, S]
     q_range: Range | None  # the positions, where they are known while tracing
     kv_range: Range | None
+    guard: bool  # whether something may take no part, so that it must not be seen
 
 
 def plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
     """Returns the plan of a problem cut into `blocks`."""
-    return Plan(blocks, *(p if isinstance(p, Range) else None for p in (problem.q_pos, problem.kv_pos)))
+    q_range, kv_range = (p if isinstance(p, Range) else None for p in (problem.q_pos, problem.kv_pos))
+    return Plan(blocks, q_range, kv_range, not problem.all_take_part())
 
 
 def sweep(plan: Plan, start: Callable, step: Callable, problem: Problem, directions: Any, *residuals: Any) -> Any:

@@ -475,7 +475,9 @@ def test_errors(name):
         (Prefix(2), 5, 0, False),
         (Prefix(2) | Causal(), 5, 0, True),
         (Causal() & Lengths(kv=4), 5, 0, False),
-        (Window(1, 0), 5, 0, False),  # all do, but no query sees all keys: nothing is known
+        (Window(1, 0), 5, 0, True),
+        (Window(1, 1) & Lengths(kv=4), 5, 0, False),
+        (Window(2, 2) & ~Window(1, 1), 5, 0, False),  # all do, but nothing is known
         (Function(np.greater_equal), 5, 0, False),
         (Lengths(kv=np.int32(5)), 5, 0, False),  # an array decides
         (Causal(), 0, 0, False),
@@ -489,6 +491,15 @@ def test_what_is_known_to_take_part_does(mask, T, q_offset, all_do):
     if all_do and mask is not None:
         allowed = np.asarray(mask.to_array(T, 5, q_offset=q_offset))
         assert allowed.any(0).all() and allowed.any(1).all()
+
+
+@pytest.mark.parametrize("mask", [m for m in ALGEBRA.values() if not jax.tree.leaves(m)], ids=str)
+def test_nothing_takes_part_that_is_only_said_to(mask):
+    for T, S, q_offset in itertools.product((1, 2, 5), (1, 3, 5), (-2, 0, 1, 3, 9)):
+        q, k = np.zeros((T, 2, 3), np.float32), np.zeros((S, 1, 3), np.float32)
+        allowed = np.asarray(mask.to_array(T, S, q_offset=q_offset))
+        known = lay_out(q, k, k, mask=mask, q_offset=q_offset).all_take_part()
+        assert not known or (allowed.any(-1).all() and allowed.any(-2).all()), (T, S, q_offset)
 
 
 def test_every_mask_is_in_the_catalogue():
