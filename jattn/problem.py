@@ -118,7 +118,11 @@ class Problem(NamedTuple):
         # Scaling narrow queries would round them once more. One axis of rows, G and T together: with two, XLA copies
         # the scores to sum over them.
         rows = (q * scale if q.dtype == wide else q).reshape((*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
-        s = jnp.einsum("...rh,...sh->...rs", rows, k, preferred_element_type=wide).reshape(self.sizes)
+        if softmax.are_few(rows.shape[-2]):  # XLA reads the keys faster when they come first
+            s = jnp.swapaxes(jnp.einsum("...rh,...sh->...sr", rows, k, preferred_element_type=wide), -1, -2)
+        else:
+            s = jnp.einsum("...rh,...sh->...rs", rows, k, preferred_element_type=wide)
+        s = s.reshape(self.sizes)
         s = s if q.dtype == wide else s * scale
         for modifier in self.modifiers:
             s = modifier(s, self.q_pos, self.kv_pos)

@@ -7,7 +7,7 @@ Triples over disjoint keys form a monoid, so keys can be taken in any grouping a
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,18 @@ def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
     """Sums values by weights: `[..., G, T, S]`, `[..., S, V]` -> `[..., G, T, V]`, in the dtype of the weights."""
     *lead, G, T, S = p.shape
     rows = p.astype(v.dtype).reshape((*lead, G * T, S))
-    return jnp.einsum("...rs,...sv->...rv", rows, v, preferred_element_type=p.dtype).reshape((*lead, G, T, v.shape[-1]))
+    if are_few(G * T) and isinstance(S, int) and S % 512 == 0:
+        # The sum of one product stays on one core.
+        rows, v = rows.reshape((*lead, G * T, S // 512, 512)), v.reshape((*lead, S // 512, 512, v.shape[-1]))
+        sums = jnp.einsum("...rcs,...csv->...crv", rows, v, preferred_element_type=p.dtype).sum(-3)
+    else:
+        sums = jnp.einsum("...rs,...sv->...rv", rows, v, preferred_element_type=p.dtype)
+    return sums.reshape((*lead, G, T, v.shape[-1]))
+
+
+def are_few(rows: Any) -> bool:
+    """Whether a product has so few rows that what counts is how a CPU reads the other factor."""
+    return jax.default_backend() == "cpu" and isinstance(rows, int) and rows <= 16
 
 
 @jax.jit

@@ -409,3 +409,27 @@ def test_a_batch_of_none(implementation):
     x = jnp.ones((0, 4, 1, 8))
     mask = masks.Lengths(kv=np.zeros(0, np.int32))
     assert jattn.attention(x, x, x, mask=mask, implementation=implementation).shape == (0, 4, 1, 8)
+
+
+@pytest.mark.parametrize("T", [1, 3, 9])
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_few_queries_of_many_keys(implementation, T):
+    """Products of up to 16 rows are taken in another form, and their sums over multiples of 512 keys in pieces."""
+    rng = np.random.default_rng(T)
+    shapes = (2, T, 6, 5), (2, 1024, 3, 5), (2, 1024, 3, 7)
+    args = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    keep = np.arange(1024) <= np.arange(1024 - T, 1024)[:, None]
+
+    def ours(q, k, v):
+        options = dict(mask=masks.Causal(), q_offset=1024 - T, implementation=implementation)
+        return jattn.attention_with_lse(q, k, v, **options)
+
+    def results(attention, args):
+        return jax.jit(lambda *args: (attention(*args), jax.grad(lambda *a: attention(*a)[0].sum(), (0, 1, 2))(*args)))(
+            *args
+        )
+
+    rounded = results(functools.partial(naive.attention, keep=keep), args)
+    with jax.enable_x64(True):
+        exact = results(functools.partial(naive.attention, keep=keep), [a.astype(np.float64) for a in args])
+    jax.tree.map(assert_within_budget, results(ours, args), exact, rounded)
