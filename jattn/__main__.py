@@ -262,9 +262,7 @@ def _bare_bones(x: jax.Array, words: list[str]) -> None:
 
 
 def _retrieval(sentences: list[list[str]]) -> None:
-    _title(
-        "Retrieval", "query, key, value", "A query finds each entry that shares a term with it and unites their values."
-    )
+    _title("Retrieval", "query, key, value", "A query finds each entry that shares a term and unites their values.")
     found = _search(("a", "c"), INDEX)
     for terms, documents in INDEX.items():
         print(f"    {' '.join(terms):<4} -> {' '.join(documents)}")
@@ -300,9 +298,7 @@ def _params(D: int, options: argparse.Namespace) -> jattn.Params:
 
 
 def _projections(params: jattn.Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _title(
-        "Projections", "q = x wq, k = x wk, v = x wv", "A vector for each part that a row plays; random, not learned."
-    )
+    _title("Projections", "q = x wq, k = x wk, v = x wv", "A vector for each part that a row plays; not learned.")
     q, k, v = jattn.project(params, x)
     _shape("wq", "[D, N, H]", params.wq, "and wk; written [N*H, D] elsewhere")
     _shape("wv", "[D, N, V]", params.wv, "")

@@ -41,7 +41,8 @@ def attention(
     everything that `scores` carry. Query head n reads key/value head n // (N / K).
     A query that may attend to nothing gets 0 and sends no gradient. Keys and values that no query may attend to, and
     queries that may attend to nothing, can hold NaN or Inf. Sums are taken in float32, or float64 if an operand is.
-    Logits beyond the greatest finite number of that dtype are not defined. Vaswani et al., 2017 (arXiv:1706.03762).
+    Logits beyond the greatest finite number of that dtype are not defined. On a GPU or TPU products take narrow
+    operands as they are, and weights as narrow as values, as fused kernels do. Vaswani et al., 2017 (arXiv:1706.03762).
 
     Args:
       query: `[..., T, N, H]`, real floating; the leading dims are the batch.
@@ -68,18 +69,7 @@ def attention(
         queries stand.
       TypeError: dtypes that are not real floating, or arguments that are not what they should be.
     """
-    problem = lay_out(
-        query,
-        key,
-        value,
-        mask=mask,
-        scores=scores,
-        scale=scale,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        dropout=dropout,
-    )
+    problem = lay_out(query, key, value, mask, scores, scale, q_offset, q_positions, kv_positions, dropout)
     return _output(problem, _attend(problem, implementation), query)
 
 
@@ -111,18 +101,7 @@ def attention_with_lse(
     Raises:
       ValueError, TypeError: as in `attention`.
     """
-    problem = lay_out(
-        query,
-        key,
-        value,
-        mask=mask,
-        scores=scores,
-        scale=scale,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        dropout=dropout,
-    )
+    problem = lay_out(query, key, value, mask, scores, scale, q_offset, q_positions, kv_positions, dropout)
     state = _attend(problem, implementation)
     return _output(problem, state, query), _as_it_came(softmax.log_sum_exp(state), problem)
 
@@ -157,18 +136,8 @@ def attention_weights(
     Raises:
       ValueError, TypeError: as in `attention`; ValueError for rows out of range, if they are known.
     """
-    problem = lay_out(
-        query,
-        key,
-        jnp.asarray(key)[..., :0],
-        mask=mask,
-        scores=scores,
-        scale=scale,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        dropout=dropout,
-    )
+    none = jnp.asarray(key)[..., :0]
+    problem = lay_out(query, key, none, mask, scores, scale, q_offset, q_positions, kv_positions, dropout)
     if rows is not None:
         problem = _take_rows(problem, rows)
     p = dense.weights(problem)

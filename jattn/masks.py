@@ -300,6 +300,9 @@ class Lengths(Mask):
 class Segments(Mask):
     """A query sees the keys of its own segment: q == kv and q >= 0. Negative ids are padding.
 
+    If it is known how long the longest is, `Segments(ids) & Window(longest - 1, longest - 1)` says so, and what is
+    farther away is left out while tracing instead of while running.
+
     Segments([0, 0, 1, -1]), T = S = 4:
         ██··
         ██··
@@ -371,7 +374,7 @@ class Function(Mask):
             return Interval(np.False_, np.True_)
         allowed = self.fn(q_pos, kv_pos, *jax.tree.map(lambda a: a.reshape(a.shape[q_pos.ndim :]), self.args))
         if jnp.result_type(allowed) != jnp.bool_:
-            raise TypeError(f"Function mask {_name(self.fn)} must return booleans, got {jnp.result_type(allowed)}")
+            raise TypeError(f"Function mask {self.fn!r} must return booleans, got {jnp.result_type(allowed)}")
         return jnp.asarray(allowed)
 
 
@@ -478,11 +481,8 @@ def _later(pos: Any, count: Any) -> Any:
     if isinstance(pos, Interval):
         count = Interval.of(count)
         return Interval(_later(pos.lo, count.lo), _later(pos.hi, count.hi))
-    return (np if _is_numpy(pos, count) else jnp).minimum(pos, _INT32.max - count) + count
-
-
-def _is_numpy(*arrays: Any) -> bool:
-    return not any(isinstance(array, jax.Array) for array in arrays)
+    xp = jnp if isinstance(pos, jax.Array) or isinstance(count, jax.Array) else np
+    return xp.minimum(pos, _INT32.max - count) + count
 
 
 def _join(kind: type[_Joined], neutral: type[Mask], absorbing: type[Mask], a: Mask, b: Mask) -> Mask:
@@ -542,16 +542,10 @@ def _check_count(name: str, value: Any, *, optional: bool = False) -> None:
 def _check_array(name: str, array: Any, kind: Any, least_rank: int, *, optional: bool = False) -> None:
     if array is None and optional:
         return
-    word = "boolean" if kind == jnp.bool_ else "integer"
+    word = "a boolean" if kind == jnp.bool_ else "an integer"
     if not hasattr(array, "dtype"):
-        raise TypeError(
-            f"{name} must be an {word} array, got {type(array).__name__}".replace("an boolean", "a boolean")
-        )
+        raise TypeError(f"{name} must be {word} array, got {type(array).__name__}")
     if not jnp.issubdtype(array.dtype, kind):
         raise TypeError(f"{name} must have {word} dtype, got {array.dtype}")
     if array.ndim < least_rank:
         raise ValueError(f"{name} must have at least {least_rank} axes, got shape {array.shape}")
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__name__", repr(fn))

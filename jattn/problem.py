@@ -144,7 +144,6 @@ def lay_out(
     query: Any,
     key: Any,
     value: Any,
-    *,
     mask: Any = None,
     scores: Any = (),
     scale: Any = None,

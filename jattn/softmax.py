@@ -85,8 +85,8 @@ def are_few(rows: Any) -> bool:
 @jax.jit
 def output(state: Running) -> jax.Array:
     """Returns out = o / l, `[..., T, V]`; 0 where no key was kept."""
-    # With c = l held constant, (o / c)(c / l): the derivative by l is then a product with out and not a sum over
-    # quotients, for which XLA takes thirty times as long on a CPU.
+    # (o / c)(c / l), c = l held constant: the derivative by l is then a product with out and not a sum over quotients,
+    # for which XLA takes thirty times as long on a CPU.
     l = jnp.where(state.l == 0, 1, state.l)  # noqa: E741
     c = lax.stop_gradient(l)
     return jnp.einsum("...v,...->...v", state.o / c[..., None], c / l, precision=lax.Precision.HIGHEST)
