@@ -123,7 +123,9 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
         e = jnp.exp(softmax.masked(s, keep) - shift(m, answered)[..., None])
         de, factor = e * (ds if keep is None else jnp.where(keep, ds, 0)), problem.factor()
         weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
-        return dl + de.sum(-1), do + softmax.weigh(dweights, v) + softmax.weigh(weights, dv)
+        # With wide values, so that no tangent is rounded: what is common to the scores of a row cancels out in the end.
+        change = softmax.weigh(dweights, v.astype(dweights.dtype)) + softmax.weigh(weights, dv)
+        return dl + de.sum(-1), do + change
 
     dl, do = sweep.sweep(plan, start, step, problem, directions, at.m[..., None], (at.l != 0)[..., None])
     return Running(jnp.zeros_like(at.m), dl, do)
@@ -135,8 +137,12 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     Those of rows and keys are the candidate that does the least work under the mask, where that is known while tracing;
     of nearly equal ones the greatest, because the least changes from length to length, and memory would with it.
     """
-    *_, G, T, S = problem.sizes
-    longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]
+    *lead, G, T, S = problem.sizes
+    if jax.default_backend() == "cpu":
+        longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]
+    else:
+        heads = G * math.prod(size for size in lead if isinstance(size, int))
+        longest = [c for c in _ON_DEVICE if math.prod(c) <= max(sweep.SCORES_ON_DEVICE // max(heads, 1), 2**17)]
     if isinstance(T, int) and 0 < T <= 16:
         longest.append((T, max(sweep.SCORES_AT_MOST // (G * T), 1)))  # decoding: all keys at once
     candidates = [(_block(T, chosen.block_q, rows), _block(S, chosen.block_kv, keys)) for rows, keys in longest]
@@ -149,6 +155,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
 
 # Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
 _CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128))
+_ON_DEVICE = ((1024, 1024), (4096, 4096), (2048, 2048), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 128))
 _NEARLY = 1.02  # times the work: as much, for all that `_work` can tell
 _IN_CACHE = 2**19  # scores, or numbers in keys and values, of whole problems taken together
 
@@ -182,22 +189,31 @@ def _lead_blocks(problem: Problem, whole: bool) -> list[int]:
 
 
 def _work(problem: Problem, block_q: int, block_kv: int) -> float:
-    """The time to go through all blocks of one head, as measured on a CPU; inf where it is not known while tracing.
+    """The time to go through all blocks of one head, as measured; inf where it is not known while tracing.
 
-    The unit is one score in a visit of 2**20. A score costs more in a smaller one, for there the products are slower,
-    and where the mask must be looked at; and a visit costs as much as 2**12 scores in itself.
+    The unit is one score. On a CPU it costs more in a visit of fewer than 2**20, for there the products are slower, and
+    a visit costs as much as 2**12 scores in itself. On a GPU, where all heads go together, it costs more the fewer rows
+    and keys share what is read and written with them, and a visit as much as 2**22 scores for each kind that it can be.
+    Looking at the mask takes half as long again.
     """
-    *_, G, T, S = problem.sizes
-    if not (isinstance(T, int) and isinstance(S, int)) or -(-T // block_q) * -(-S // block_kv) > 2**20:
+    *lead, G, T, S = problem.sizes
+    widths = problem.q.shape[-1], problem.v.shape[-1]
+    if not all(isinstance(size, int) for size in (T, S, *widths)) or -(-T // block_q) * -(-S // block_kv) > 2**20:
         return math.inf
-    blocks = (G, block_q, block_kv)
-    visits = sweep.visits_of(sweep.plan(problem, blocks), problem)
+    visits = sweep.visits_of(sweep.plan(problem, (G, block_q, block_kv)), problem)
     if visits.kinds is None:
         return math.inf
-    scores = math.prod(blocks) * visits.width
-    a_score = 1 + 0.05 * max(math.log2(2**20 / max(scores, 1)), 0) ** 2
+    keys = block_kv * visits.width
+    scores = G * block_q * keys
+    if jax.default_backend() == "cpu":
+        visit = scores * (1 + 0.05 * max(math.log2(2**20 / max(scores, 1)), 0) ** 2) + 2**12
+    else:
+        heads = math.prod(size for size in lead if isinstance(size, int))
+        together = heads * sweep.rows_at_once(visits, (heads, G, block_q, block_kv))
+        shared = (1 / block_q + 1 / keys) / 1.5
+        visit = scores * (1 + sum(widths) * shared) + len(visits.present) * 2**22 / max(together, 1)
     kinds = np.take(visits.present, visits.kinds)
-    return (scores * a_score + 2**12) * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))
+    return visit * float(np.sum(kinds == sweep.FULL) + 1.5 * np.sum(kinds == sweep.PARTIAL))
 
 
 def _mapped(problem: Problem) -> int:

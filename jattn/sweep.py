@@ -5,6 +5,7 @@ inside the loops is decided by what XLA does with it: it is said where it is don
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
-SCORES_AT_ONCE = 2**18  # in visits at the same time, for one key/value head: they stay in cache
+SCORES_AT_ONCE = 2**18  # in visits at the same time, for one key/value head: they stay in a CPU's cache
+SCORES_ON_DEVICE = 2**26  # in visits at the same time, for all heads and examples, on anything but a CPU
 
 
 class Plan(NamedTuple):
@@ -197,7 +199,9 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
     pieces, together = _split(operands, cut, roles)
     xs = (starts, pieces, keys, visits.order, visits.kinds)
-    results = lax.map(_forget(rows), xs, batch_size=_rows_at_once(visits, blocks, roles))
+    # Rows of something T x S are sliced, and slices at different places would be gathered.
+    several = 1 if any(role.rows and role.keys for role in roles) else rows_at_once(visits, blocks)
+    results = lax.map(_forget(rows), xs, batch_size=several if several > 1 else None)
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
 
 
@@ -216,14 +220,13 @@ def _roles(blocks: tuple[int, ...], operands: Any) -> list[Role]:
     return [Role(not _is_one(T), not _is_one(S), m) for (T, S, *_), m in zip(shapes, moving, strict=True)]
 
 
-def _rows_at_once(visits: "Visits", blocks: tuple[int, ...], roles: list[Role]) -> int | None:
-    """How many blocks of rows visit their bands at the same time, because XLA is slow at small products; None: one."""
-    *_, G, block_q, block_kv = blocks
-    # Rows of something T x S are sliced, and slices at different places would be gathered.
-    if visits.order is None or visits.width == 1 or any(role.rows and role.keys for role in roles):
-        return None
-    several = divisor(len(visits.order), SCORES_AT_ONCE // (G * block_q * block_kv * visits.width))
-    return several if several > 1 else None
+def rows_at_once(visits: "Visits", blocks: tuple[int, ...]) -> int:
+    """How many blocks of rows visit their bands at the same time, because XLA is slow at small products."""
+    *lead, G, block_q, block_kv = blocks
+    if visits.order is None or visits.width == 1 or not all(isinstance(size, int) for size in lead):
+        return 1
+    at_once = SCORES_AT_ONCE if jax.default_backend() == "cpu" else SCORES_ON_DEVICE // max(math.prod(lead), 1)
+    return divisor(len(visits.order), at_once // (G * block_q * block_kv * visits.width))
 
 
 def divisor(size: int, at_most: int) -> int:
@@ -412,8 +415,9 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     decided = kinds is not None
     if not decided:
         kinds = _static_kinds(masks.known(problem.mask), plan, problem.sizes)
-        # To agree on a block, examples and heads on different devices would have to ask each other.
-        decided = jax.device_count() > 1 and any(block != 1 for block in plan.blocks[:-3])
+        # To agree on a block, examples and heads on different devices would have to ask each other; none at all cannot.
+        together = any(block != 1 for block in plan.blocks[:-3])
+        decided = (jax.device_count() > 1 and together) or 0 in plan.blocks[:-3]
     if kinds is None:
         return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, S)
     order, width, most = None, 1, int((kinds != EMPTY).sum(1).max(initial=0))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 def attention(q, k, v, *, keep=True, scores=(), scale=None, sink=None, dropout=None):
     """As `reference.attention`, for operands without NaN; a score function is called once, with the index `...`."""
     dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    narrow = q.dtype if q.dtype == k.dtype == v.dtype else dtype
     N, H = q.shape[-2:]
     K = k.shape[-2]
     scale = H**-0.5 if scale is None else scale
@@ -32,4 +33,6 @@ def attention(q, k, v, *, keep=True, scores=(), scale=None, sink=None, dropout=N
     weight = weight / some[..., None]
     if dropout is not None:
         weight = weight * jnp.asarray(dropout, dtype)
+    if jax.default_backend() != "cpu":  # elsewhere products take both of their operands narrow
+        weight = weight.astype(narrow).astype(dtype)
     return jnp.einsum("...nts,...snv->...tnv", weight, v).astype(q.dtype), jnp.swapaxes(lse, -1, -2)
