@@ -6,8 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
+
 from bench import measure, report
-from bench.cases import DTYPES, FULL, MASKS, QUICK, WORKS, Trial, product
+from bench.cases import DTYPES, FULL, MASKS, ON_GPU, QUICK, WORKS, Trial, product
 from bench.contenders import CONTENDERS, SLOW_TO_COMPILE
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--seconds", type=float, default=10.0, help="about so long a trial (10), but at least a third of the rounds"
     )
+    p.add_argument("--deadline", type=float, default=float("inf"), help="start no trial after so many seconds")
     p.add_argument("--out", type=Path, help="folder for RESULTS.md, results.json and plots (bench)")
     p.add_argument("--update-readme", action="store_true", help="write the README's tables: a full run, or --from one")
     p.add_argument("--from", dest="source", type=Path, metavar="JSON", help="report on an earlier run's results.json")
@@ -86,9 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.source:
         names = args.contenders or [name for name in CONTENDERS if not (args.quick and name in SLOW_TO_COMPILE)]
-        limits = (min(args.rounds, 7), 1.0, 75.0) if args.quick else (args.rounds, args.seconds, float("inf"))
+        limits = (min(args.rounds, 7), 1.0, 75.0) if args.quick else (args.rounds, args.seconds, args.deadline)
         about = measure.machine() | {"run": "full" if full else "a part"}
-        result = report.Result(about, measure.run(FULL if trials is None else trials, names, *limits))
+        table = ON_GPU if jax.default_backend() == "gpu" else FULL
+        result = report.Result(about, measure.run(table if trials is None else trials, names, *limits))
 
     print(report.markdown(result))
     out = HERE if full and not args.source and args.out is None else args.out

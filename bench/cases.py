@@ -206,6 +206,31 @@ FULL = [
     *(Trial(tuple(dict.fromkeys((case, other))), ("jattn",)) for case, other, _ in _SELF),
 ]
 
+_BIG, _LONG_KEYS = _size(B=4, N=16, K=16, H=128), _size(T=8192)
+ON_GPU = [  # bfloat16, which is what a GPU's kernels are made for, and float32 once
+    *(
+        Trial((shape._replace(dtype="bf16", work=work, mask=mask),))
+        for work in ("forward", "grad")
+        for shape in (LONG, _BIG)
+        for mask in ("full", "causal")
+    ),
+    *(Trial((STEP._replace(dtype="bf16", head_major=major),)) for major in (False, True)),
+    *(Trial((_LONG_KEYS._replace(dtype="bf16", mask=mask),)) for mask in ("window", "segments")),
+    *(Trial((_LONG_KEYS._replace(dtype="bf16", mask=mask, work="grad"),)) for mask in ("window", "segments")),
+    *(Trial((LONG._replace(work=work),)) for work in ("forward", "grad")),
+    Trial((_LONG_KEYS._replace(dtype="bf16", mask="causal", N=32, H=128),)),
+    *(Trial((_size(T=2048, dtype="bf16", work=work),)) for work in ("jvp", "hvp")),
+    *(Trial((_size(T=2048, dtype="bf16", mask=mask),)) for mask in ("bias", "softcap")),
+    Trial((_size(work="layer", dtype="bf16", mask="causal", B=8, T=256),)),
+]
+
+# The few that the README shows, as far as they are part of a run.
+SHOWN = [
+    *(case._replace(work=work) for work in ("forward", "grad") for case in _BOTH),
+    *(_size(T=512), STEP, STEP._replace(head_major=True), LONG._replace(dtype="bf16")),
+    *(case for trial in ON_GPU[:12] for case in trial.cases),
+]
+
 _TINY = _size(T=512)
 QUICK = [
     *(Trial((case,)) for case in (_size(T=64), _size(T=256, B=8), _size(T=1024), _size(T=1024, mask="causal"))),

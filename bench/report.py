@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.cases import LONG, STEP, TARGETS, WIDE, Case, Target
+from bench.cases import LONG, SHOWN, STEP, TARGETS, Case, Target
 from bench.measure import Row, ratio
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -197,7 +197,8 @@ def markdown(result: Result) -> str:
     rows = result.rows
     about = _table(["machine", ""], [[name, str(value)] for name, value in result.machine.items()])
     parts = ["# Benchmark", HOW, about]
-    if reached := verdicts(rows):
+    on_cpu = str(result.machine.get("device", "cpu")).startswith("cpu")  # what is to be reached is to be reached there
+    if reached := verdicts(rows) * on_cpu:
         parts += ["## To reach", _table(["figure", "to reach", "measured", ""], [list(verdict) for verdict in reached])]
     if lost := losses(rows):
         parts += ["## Where jattn loses", "\n".join(f"- {line}" for line in lost)]
@@ -215,11 +216,8 @@ def markdown(result: Result) -> str:
 
 def readme_table(result: Result, folder: str) -> str:
     """The few lines that the README shows of the run in a folder."""
-    long = [case._replace(mask=mask) for case in (LONG, WIDE) for mask in ("full", "causal")]
-    shown = [case._replace(work=work) for work in ("forward", "grad") for case in long]
-    shown += [LONG._replace(T=512, S=512), STEP, STEP._replace(head_major=True), LONG._replace(dtype="bf16")]
     peers = [peer for peer in ("torch", "jax.nn", "jax.nn cudnn") if peer in _peers(result.rows)]
-    some = [row for row in result.rows if row.case in shown and any(row.contender == name for name in (OURS, *peers))]
+    some = [row for row in result.rows if row.case in SHOWN and any(row.contender == name for name in (OURS, *peers))]
     some = [row for row in some if any(other.trial == row.trial and other.contender != OURS for other in some)]
     about = "{device}; {versions}; {date}.".format(**result.machine)
     meaning = "After `·` stands jattn's time as a share of that peer's, bold where it loses."

@@ -10,7 +10,7 @@ import pytest
 
 from bench import contenders, measure, oracle, report
 from bench.__main__ import main
-from bench.cases import FULL, MASKS, QUICK, TARGETS, WORKS, Case, Trial, numbers
+from bench.cases import FULL, MASKS, ON_GPU, QUICK, SHOWN, TARGETS, WORKS, Case, Trial, numbers
 from tests import plain, reference
 
 TINY = Case(B=2, T=13, S=13, N=6, K=2, H=5)
@@ -18,7 +18,7 @@ LONG = TINY._replace(B=1, T=331, S=331, N=2)  # longer than the window
 EACH_ONCE = list(zip(WORKS, reversed(MASKS), strict=True))
 PEERS = [name for name in contenders.CONTENDERS if name not in contenders.SLOW_TO_COMPILE]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +142,12 @@ def test_every_target_is_measured_by_the_full_run():
         assert all(any(case in cases for cases in together) for case in target.cases)
     assert {case.work for trial in QUICK for case in trial.cases} == set(WORKS)
     assert {case.mask for trial in QUICK for case in trial.cases} == set(MASKS)
+
+
+def test_what_the_readme_shows_is_measured():
+    measured = [{case for trial in table for case in trial.cases} for table in (FULL, ON_GPU)]
+    assert set(SHOWN) <= set.union(*measured)
+    assert all(set(SHOWN) & cases for cases in measured)
 
 
 def rows_of_every_target(times):
