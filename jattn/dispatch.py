@@ -16,7 +16,7 @@ from jattn.values import Value
 IMPLEMENTATIONS = ("dense", "blockwise")
 
 # With this many scores or fewer, in all, a loop gains nothing.
-FEW_SCORES = 2**14
+FEW_SCORES = 2**16
 
 
 def attention(
