@@ -197,8 +197,8 @@ def markdown(result: Result) -> str:
     rows = result.rows
     about = _table(["machine", ""], [[name, str(value)] for name, value in result.machine.items()])
     parts = ["# Benchmark", HOW, about]
-    on_cpu = str(result.machine.get("device", "cpu")).startswith("cpu")  # what is to be reached is to be reached there
-    if reached := verdicts(rows) * on_cpu:
+    on_cpu = str(result.machine.get("device", "cpu")).startswith("cpu")  # which is what the targets are for
+    if on_cpu and (reached := verdicts(rows)):
         parts += ["## To reach", _table(["figure", "to reach", "measured", ""], [list(verdict) for verdict in reached])]
     if lost := losses(rows):
         parts += ["## Where jattn loses", "\n".join(f"- {line}" for line in lost)]

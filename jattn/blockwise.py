@@ -32,7 +32,7 @@ class Blockwise:
     """Block sizes, for `implementation=`; None chooses. Results do not depend on them beyond rounding.
 
     Args:
-      block_q: queries in a block. A window's blocks may go together: up to 2**18 scores for each key/value head.
+      block_q: queries in a block. A window's blocks may go together, up to 2**18 scores a head (2**26 in all off CPUs).
       block_kv: keys in a block. Where the mask is known while tracing and leaves each block of queries few keys, as a
         window does, they are taken at once: up to 2**20 scores for each key/value head.
     """
@@ -61,7 +61,7 @@ def attend(problem: Problem, blocks: tuple[int, ...]) -> Running:
       m and l `[*B, K, G, T]`, o `[*B, K, G, T, V]`, in the dtype of the sums.
     """
     chex.assert_shape(problem.k, (*problem.v.shape[:-1], problem.q.shape[-1]))
-    run = functools.partial(_attend, sweep.plan(problem, blocks))
+    run = functools.partial(_attend, sweep.plan(problem, blocks, guard=not problem.all_take_part()))
     sharding = jax.typeof(problem.q).sharding
     if sharding.mesh.explicit_axes:
         # Loops over blocks are for XLA to partition: all that can be said of shardings is where the queries lie.
@@ -120,10 +120,10 @@ def _tangent(plan: sweep.Plan, live: list[int], problem: Problem, directions: li
     def step(state: Any, keep: Any, problem: Problem, directions: Any, m: jax.Array, answered: jax.Array) -> Any:
         dl, do = state
         (s, v), (ds, dv) = along(lambda problem: problem.scores(keep if plan.guard else None), problem, directions)
-        e = jnp.exp(softmax.masked(s, keep) - shift(m, answered)[..., None])
+        e = softmax.exponentials(s, shift(m, answered), keep)
         de, factor = e * (ds if keep is None else jnp.where(keep, ds, 0)), problem.factor()
         weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
-        # With wide values, so that no tangent is rounded: what is common to the scores of a row cancels out in the end.
+        # Changes of weights meet wide values, unrounded: what is common to a row's scores cancels out in the end.
         change = softmax.weigh(dweights, v.astype(dweights.dtype)) + softmax.weigh(weights, dv)
         return dl + de.sum(-1), do + change
 
@@ -142,7 +142,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
         longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]
     else:
         heads = G * math.prod(size for size in lead if isinstance(size, int))
-        longest = [c for c in _ON_DEVICE if math.prod(c) <= max(sweep.SCORES_ON_DEVICE // max(heads, 1), 2**17)]
+        longest = [c for c in _ON_DEVICE if math.prod(c) <= max(sweep.SCORES_ON_DEVICE // max(heads, 1), _AT_LEAST)]
     if isinstance(T, int) and 0 < T <= 16:
         longest.append((T, max(sweep.SCORES_AT_MOST // (G * T), 1)))  # decoding: all keys at once
     candidates = [(_block(T, chosen.block_q, rows), _block(S, chosen.block_kv, keys)) for rows, keys in longest]
@@ -156,6 +156,7 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
 # Rows and keys. The first is for where arrays decide what is visited, and must skip well enough without knowing.
 _CANDIDATES = ((512, 512), (1024, 1024), (512, 1024), (512, 256), (256, 256), (128, 128))
 _ON_DEVICE = ((1024, 1024), (4096, 4096), (2048, 2048), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 128))
+_AT_LEAST = 2**17  # scores in a visit, for one head, however many heads there are
 _NEARLY = 1.02  # times the work: as much, for all that `_work` can tell
 _IN_CACHE = 2**19  # scores, or numbers in keys and values, of whole problems taken together
 

@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from jattn import softmax
 from jattn.problem import Problem
@@ -37,6 +36,6 @@ def weights(problem: Problem) -> jax.Array:
     keep = problem.keep()
     s, v = problem.scores(keep)
     state = softmax.update(problem.start(), s, v, keep)
-    p = softmax.output(state._replace(o=jnp.exp(softmax.masked(s, keep) - state.m[..., None])))
+    p = softmax.output(state._replace(o=softmax.exponentials(s, state.m, keep)))
     factor = problem.factor()
     return p if factor is None else p * factor

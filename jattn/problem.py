@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     def all_take_part(self) -> bool:
         """Whether it is known while tracing that every query attends to some key, and every key is attended to.
 
-        Each is asked about three of the others, at its own position or nearest to it, the first and the last, no more.
+        What is looked at is the one at its own position or nearest to it, the first and the last: False is "not known".
         """
         T, S = self.sizes[-2:]
         static = isinstance(T, int) and isinstance(S, int) and T > 0 and S > 0 and not jax.tree.leaves(self.mask)

@@ -50,18 +50,20 @@ def update(
       keep: bool, broadcastable to `s`: False keys do not count. None: all do.
       factor: broadcastable to `s`, of weights on their way to the values (dropout). None: 1.
     """
-    s = masked(s, keep)
-    highest = jnp.max(s, axis=-1, initial=jnp.finfo(s.dtype).min)
+    least = jnp.finfo(s.dtype).min
+    highest = jnp.max(s if keep is None else jnp.where(keep, s, least), axis=-1, initial=least)
     m = lax.stop_gradient(jnp.maximum(state.m, highest))
-    p = jnp.exp(s - m[..., None])
+    p = exponentials(s, m, keep)
     rescale = jnp.exp(state.m - m)
     weights = p if factor is None else p * factor
     return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + weigh(weights, v))
 
 
-def masked(s: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """Puts -inf where `keep` is False, whose exponential is 0 whatever finite m is subtracted from it."""
-    return s if keep is None else jnp.where(keep, s, -jnp.inf)
+def exponentials(s: jax.Array, m: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    """Returns exp(s - m), `[..., T, S]`; 0 where `keep` is False."""
+    # exp(-1e4) is 0; -inf would trip jax_debug_infs. Behind the subtraction: a row that keeps nothing has the least m.
+    shifted = s - m[..., None]
+    return jnp.exp(shifted if keep is None else jnp.where(keep, shifted, -1e4))
 
 
 def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
@@ -69,7 +71,7 @@ def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
     *lead, G, T, S = p.shape
     rows = p.astype(v.dtype).reshape((*lead, G * T, S))
     if are_few(G * T) and isinstance(S, int) and S % 512 == 0:
-        # The sum of one product stays on one core.
+        # Products of 512 keys each, because the sum of one product stays on one core.
         rows, v = rows.reshape((*lead, G * T, S // 512, 512)), v.reshape((*lead, S // 512, 512, v.shape[-1]))
         sums = jnp.einsum("...rcs,...csv->...crv", rows, v, preferred_element_type=p.dtype).sum(-3)
     else:

@@ -18,9 +18,9 @@ from jattn import masks
 from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-SCORES_AT_MOST = 2**20  # in a visit, for one key/value head, unless the caller gives greater blocks
+SCORES_AT_MOST = 2**20  # in a visit of a band, of decoding, and of any on a CPU, unless the caller gives greater blocks
 SCORES_AT_ONCE = 2**18  # in visits at the same time, for one key/value head: they stay in a CPU's cache
-SCORES_ON_DEVICE = 2**26  # in visits at the same time, for all heads and examples, on anything but a CPU
+SCORES_ON_DEVICE = 2**26  # in what is done at the same time, for all heads and examples, on anything but a CPU
 
 
 class Plan(NamedTuple):
@@ -29,13 +29,13 @@ class Plan(NamedTuple):
     blocks: tuple[int, ...]  # the block size along each of [*B, K, G, T, S]
     q_range: Range | None  # the positions, where they are known while tracing
     kv_range: Range | None
-    guard: bool  # whether something may take no part, so that it must not be seen
+    guard: bool  # whether some operands may take no part in the whole problem, so that they are to be put to 0
 
 
-def plan(problem: Problem, blocks: tuple[int, ...]) -> Plan:
+def plan(problem: Problem, blocks: tuple[int, ...], guard: bool = True) -> Plan:
     """Returns the plan of a problem cut into `blocks`."""
     q_range, kv_range = (p if isinstance(p, Range) else None for p in (problem.q_pos, problem.kv_pos))
-    return Plan(blocks, q_range, kv_range, not problem.all_take_part())
+    return Plan(blocks, q_range, kv_range, guard)
 
 
 def sweep(plan: Plan, start: Callable, step: Callable, problem: Problem, directions: Any, *residuals: Any) -> Any:
@@ -416,8 +416,7 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     if not decided:
         kinds = _static_kinds(masks.known(problem.mask), plan, problem.sizes)
         # To agree on a block, examples and heads on different devices would have to ask each other; none at all cannot.
-        together = any(block != 1 for block in plan.blocks[:-3])
-        decided = (jax.device_count() > 1 and together) or 0 in plan.blocks[:-3]
+        decided = any(block != 1 and (block == 0 or jax.device_count() > 1) for block in plan.blocks[:-3])
     if kinds is None:
         return Visits(None, None, (PARTIAL,) if decided else (EMPTY, PARTIAL, FULL), 1, S)
     order, width, most = None, 1, int((kinds != EMPTY).sum(1).max(initial=0))

@@ -386,9 +386,9 @@ def test_disable_jit(implementation):
 
 
 @both
-@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("how", ["jit", "eager", "op by op"])
 @pytest.mark.parametrize("check", [jax.debug_nans, jax.debug_infs])
-def test_debug_nans_and_infs(check, compiled, implementation):
+def test_debug_nans_and_infs(check, how, implementation):
     q, k, v = draw()
     mask = masks.Causal() & masks.Dense(np.arange(T)[:, None] + np.zeros((1, S), int) != 6)
 
@@ -400,8 +400,8 @@ def test_debug_nans_and_infs(check, compiled, implementation):
     def everything(q, k, v):
         return f(q, k, v), gradient(f)(q, k, v), jax.jvp(f, (q, k, v), (q, k, v))[1]
 
-    everything = jax.jit(everything) if compiled else everything
-    with check(True):
+    everything = jax.jit(everything) if how == "jit" else everything
+    with check(True), jax.disable_jit(how == "op by op"):
         for leaf in jax.tree.leaves(everything(q, k, v)):
             assert np.isfinite(leaf).all()
 
