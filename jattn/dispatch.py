@@ -15,9 +15,6 @@ from jattn.values import Value
 
 IMPLEMENTATIONS = ("dense", "blockwise")
 
-# With this many scores or fewer, in all, a loop gains nothing.
-FEW_SCORES = 2**16
-
 
 def attention(
     query: ArrayLike,
@@ -326,8 +323,9 @@ def _why_dense(sizes: tuple[int, ...], H: int) -> str | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     count = int(np.prod(sizes, dtype=float))
-    if count <= FEW_SCORES:
-        return f"{count} scores in all, at most {FEW_SCORES}"
+    few = 2**20 if G * T * S <= 2**12 else 2**16  # so many short heads gain nothing by a loop
+    if count <= few:
+        return f"{count} scores in all, at most {few}"
     # On a CPU XLA transposes all keys for that, which takes longer than taking the heads one by one.
     if G * T <= H and 16 * T <= S and jax.default_backend() != "cpu":
         return f"few queries for many keys: the scores, G*T={G * T} for each key, take no more room than keys of H={H}"
