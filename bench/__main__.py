@@ -89,11 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.source:
         names = args.contenders or [name for name in CONTENDERS if not (args.quick and name in SLOW_TO_COMPILE)]
-        limits = (
-            (min(args.rounds, 7), 1.0, min(args.deadline, 75.0))
-            if args.quick
-            else (args.rounds, args.seconds, args.deadline)
-        )
+        limits = args.rounds, args.seconds, args.deadline
+        if args.quick:
+            limits = min(args.rounds, 7), 1.0, min(args.deadline, 75.0)
         about = measure.machine() | {"run": "full" if full else "a part"}
         table = ON_GPU if jax.default_backend() == "gpu" else FULL
         result = report.Result(about, measure.run(table if trials is None else trials, names, *limits))

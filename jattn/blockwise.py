@@ -138,15 +138,16 @@ def choose_blocks(problem: Problem, chosen: Blockwise) -> tuple[int, ...]:
     of nearly equal ones the greatest, because the least changes from length to length, and memory would with it.
     """
     *lead, G, T, S = problem.sizes
+    heads = math.prod(size for size in lead if isinstance(size, int))  # of keys and values, in all examples
     if jax.default_backend() == "cpu":
         longest = [(max(rows // G, 16), keys) for rows, keys in _CANDIDATES]
     else:
-        heads = G * math.prod(size for size in lead if isinstance(size, int))
-        longest = [c for c in _ON_DEVICE if math.prod(c) <= max(sweep.SCORES_ON_DEVICE // max(heads, 1), _AT_LEAST)]
+        room = max(sweep.SCORES_ON_DEVICE // max(G * heads, 1), _AT_LEAST)
+        longest = [c for c in _ON_DEVICE if math.prod(c) <= room]
     if isinstance(T, int) and 0 < T <= 16:
         longest.append((T, max(sweep.SCORES_AT_MOST // (G * T), 1)))  # decoding: all keys at once
     candidates = [(_block(T, chosen.block_q, rows), _block(S, chosen.block_kv, keys)) for rows, keys in longest]
-    works = [_work(problem, *candidate) for candidate in candidates]
+    works = [_work(problem, heads, *candidate) for candidate in candidates]
     near = [c for c, work in zip(candidates, works, strict=True) if work <= _NEARLY * min(works) < math.inf]
     block_q, block_kv = max(near, key=math.prod, default=candidates[0])
     whole = block_q == T and block_kv == S and sweep.static_kinds(problem, problem.sizes) is not None
@@ -189,7 +190,7 @@ def _lead_blocks(problem: Problem, whole: bool) -> list[int]:
     return blocks[::-1]
 
 
-def _work(problem: Problem, block_q: int, block_kv: int) -> float:
+def _work(problem: Problem, heads: int, block_q: int, block_kv: int) -> float:
     """The time to go through all blocks of one head, as measured; inf where it is not known while tracing.
 
     The unit is one score. On a CPU it costs more in a visit of fewer than 2**20, for there the products are slower, and
@@ -197,7 +198,7 @@ def _work(problem: Problem, block_q: int, block_kv: int) -> float:
     and keys share what is read and written with them, and a visit as much as 2**22 scores for each kind that it can be.
     Looking at the mask takes half as long again.
     """
-    *lead, G, T, S = problem.sizes
+    *_, G, T, S = problem.sizes
     widths = problem.q.shape[-1], problem.v.shape[-1]
     if not all(isinstance(size, int) for size in (T, S, *widths)) or -(-T // block_q) * -(-S // block_kv) > 2**20:
         return math.inf
@@ -209,7 +210,6 @@ def _work(problem: Problem, block_q: int, block_kv: int) -> float:
     if jax.default_backend() == "cpu":
         visit = scores * (1 + 0.05 * max(math.log2(2**20 / max(scores, 1)), 0) ** 2) + 2**12
     else:
-        heads = math.prod(size for size in lead if isinstance(size, int))
         together = heads * sweep.rows_at_once(visits, (heads, G, block_q, block_kv))
         shared = (1 / block_q + 1 / keys) / 1.5
         visit = scores * (1 + sum(widths) * shared) + len(visits.present) * 2**22 / max(together, 1)
