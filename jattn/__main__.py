@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -203,11 +204,8 @@ def _refuse(options: argparse.Namespace, x: np.ndarray) -> None:
         raise BadInput(f"--heads must divide the width D={D}, got {options.heads}")
     _claim("--out", options.out, (".npy",), options.input)
     _claim("--save", options.save, (".png", ".svg"), options.input)
-    if options.save:
-        try:
-            import matplotlib.figure  # noqa: F401
-        except ImportError as error:
-            raise BadInput("--save needs matplotlib: pip install 'jattn[plot]'") from error
+    if options.save and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--save needs matplotlib: pip install 'jattn[plot]'")
 
 
 def _claim(flag: str, path: str | None, endings: tuple[str, ...], source: str | None) -> None:
@@ -421,16 +419,16 @@ def _checks(
         union = {name for terms, names in INDEX.items() if {"a", "c"} & set(terms) for name in names}
         return float(len(union ^ set(_search(("a", "c"), INDEX)))), 0.0
 
-    def context() -> tuple[float, float]:
-        return _error(jattn.context_vector(params, x, mask=mask), exact(params, x).sum(0)), 4 * limit
-
     return {
         "attend, your input": yours,
         "attend": lambda: (_error(f(params, x), exact(params, x)), limit),
         "attend, dense": lambda: (_error(f(params, x, implementation="dense"), exact(params, x)), limit),
         "attend, blockwise": lambda: (_error(f(params, x, implementation="blockwise"), exact(params, x)), limit),
         "weights": weights,
-        "context vector": context,
+        "context vector": lambda: (
+            _error(jattn.context_vector(params, x, mask=mask), exact(params, x).sum(0)),
+            4 * limit,
+        ),
         "enrich, the two loops": enrich,
         "lookup, sets of names": lookup,
         "jit": lambda: (_error(jax.jit(f)(params, x), exact(params, x)), limit),

@@ -129,7 +129,11 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
         flat = array.reshape((math.prod(array.shape[:-2]), *array.shape[-2:]))
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
-    verdict = Interval.of(jax.tree.map(interval, mask)(interval(q_pos), interval(kv_pos)))
+    def bounds(part: Any) -> Any:
+        return part.by_block(interval) if isinstance(part, Segments) else interval(part)
+
+    read = jax.tree.map(bounds, mask, is_leaf=lambda part: isinstance(part, Segments))
+    verdict = Interval.of(read(interval(q_pos), interval(kv_pos)))
     static = all(isinstance(x, np.ndarray | np.bool_ | int) for x in (verdict.lo, verdict.hi, *shape))
     xp = np if static else jnp
     return ~xp.broadcast_to(verdict.hi, shape), xp.broadcast_to(verdict.lo, shape)
@@ -146,19 +150,12 @@ def known(mask: Mask) -> Mask:
 
 def _by_block(xp: Any, array: Any, block_q: int, block_kv: int, pick: str) -> Any:
     """The least or greatest element of each block: [X, T, S] -> [nq, nk], an axis of 1 staying 1."""
-    for axis, block in ((1, block_q), (2, block_kv)):
-        size = array.shape[axis]
-        if size == 1:
-            continue
-        short = -size % block
-        if not (isinstance(short, int) and short == 0):
-            widths = [(0, 0)] * 3
-            widths[axis] = (0, short)
-            array = xp.pad(array, widths, mode="edge")
-        shape = array.shape
-        array = array.reshape((*shape[:axis], -(-size // block), block, *shape[axis + 1 :]))
-        array = getattr(array, pick)(axis=axis + 1)
-    return getattr(array, pick)(axis=0)
+    X, T, S = array.shape
+    rows, keys = (1 if size == 1 else block for size, block in ((T, block_q), (S, block_kv)))
+    nq, nk = -(-T // rows), -(-S // keys)
+    if (nq * rows, nk * keys) != (T, S):
+        array = xp.pad(array, [(0, 0), (0, nq * rows - T), (0, nk * keys - S)], mode="edge")
+    return getattr(array.reshape(X, nq, rows, nk, keys), pick)(axis=(0, 2, 4))
 
 
 class Full(Mask):
@@ -300,9 +297,6 @@ class Lengths(Mask):
 class Segments(Mask):
     """A query sees the keys of its own segment: q == kv and q >= 0. Negative ids are padding.
 
-    If it is known how long the longest is, `Segments(ids) & Window(longest - 1, longest - 1)` says so, and what is
-    farther away is left out while tracing instead of while running.
-
     Segments([0, 0, 1, -1]), T = S = 4:
         ██··
         ██··
@@ -328,6 +322,13 @@ class Segments(Mask):
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return (self.q == self.kv) & (self.q >= 0)
+
+    def by_block(self, interval: Callable) -> Callable:
+        """Returns the mask of intervals. Padding is left out of those of ids: it would make them overlap others."""
+        ids = self.q, self.kv
+        least, greatest = ([interval(jnp.where(a < 0, other, a)) for a in ids] for other in (_INT32.max, -1))
+        q, kv = (Interval(lo.lo, hi.hi) for lo, hi in zip(least, greatest, strict=True))
+        return lambda q_pos, kv_pos: (q == kv) & interval(self.q >= 0) & interval(self.kv >= 0)
 
 
 class Dense(Mask):

@@ -53,9 +53,8 @@ def text_heat_map(
     for row, full, cells in zip(rows, weights, shown, strict=False):
         drawn = "".join(_shade(cell, top, shades) * 2 for cell in cells)
         best = int(np.argmax(full)) if full.size else 0
-        strongest = (
-            f"{_fit(columns[best], _STRONGEST)} {full[best]:.2f}" if full.size and not full[best] <= 0 else "(none)"
-        )
+        none = not full.size or full[best] <= 0
+        strongest = "(none)" if none else f"{_fit(columns[best], _STRONGEST)} {full[best]:.2f}"
         body.append(f"{_fit(row, label)}  {drawn}  {strongest}".rstrip())
     strong = [f"{shade * 2} {top / 2 ** (len(shades) - i):.3f}" for i, shade in enumerate(shades[1:], 1)]
     legend = "  ".join([f"{shades[0] * 2} less", *strong]) + f" to {top:.3f}   blank 0"
@@ -90,7 +89,10 @@ def heat_map(
         if len(panels) > 1:
             ax.set_xlabel(f"head {n}", color=_INK, fontsize=10)
         if cell > 0.05:
-            _mark_largest(ax, panel, top, cell)
+            for t, row in enumerate(panel):
+                if row.size and row.max() > 0:
+                    colour = _PAPER if row.max() > 0.2 * top else _INK
+                    ax.plot(int(row.argmax()), t, "o", color=colour, markersize=9 * cell, markeredgewidth=0)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0, colors=_INK)
@@ -225,13 +227,6 @@ def _label(ax: Any, rows: Sequence[str], columns: Sequence[str], cell: float, *,
         ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
         ax.grid(which="minor", color=_PAPER, linewidth=min(0.8, 3 * cell))
         ax.tick_params(which="minor", length=0)
-
-
-def _mark_largest(ax: Any, panel: np.ndarray, top: float, cell: float) -> None:
-    for t, row in enumerate(panel):
-        if row.size and row.max() > 0:
-            colour = _PAPER if row.max() > 0.2 * top else _INK
-            ax.plot(int(row.argmax()), t, "o", color=colour, markersize=9 * cell, markeredgewidth=0)
 
 
 def _title(figure: Figure, text: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jattn import checks, masks, softmax
-from jattn.scores import Dropout, Modifier, Sink, as_scores, split
+from jattn.scores import Dropout, Modifier, Sink, as_scores
 from jattn.softmax import Running
 from jattn.values import Interval, Value
 
@@ -181,7 +181,7 @@ def lay_out(
     q = move(query.astype(dtype).reshape((*batch, T, K, G, 1, H)), -5, -3)
     k = move(key.astype(dtype).reshape((*batch, S, K, 1, 1, H)), -5, -2)
     v = move(value.astype(dtype).reshape((*batch, S, K, 1, 1, V)), -5, -2)
-    changes, sink = split(modifiers)
+    sink = next((score for score in modifiers if isinstance(score, Sink)), None)
     return Problem(
         q=q,
         k=k,
@@ -190,7 +190,7 @@ def lay_out(
         q_pos=q_pos,
         kv_pos=kv_pos,
         mask=_fit("mask", mask, sizes),
-        modifiers=tuple(_fit("scores", change, sizes) for change in changes),
+        modifiers=tuple(_fit("scores", score, sizes) for score in modifiers if isinstance(score, Modifier)),
         sink=None if sink is None else _fit("scores", sink, sizes),
         dropout=None if dropout is None or dropout.rate == 0 else dropout.lay_out(sizes),
     )
@@ -234,10 +234,8 @@ def _fit(name: str, value: _ValueT, sizes: tuple[Any, ...]) -> _ValueT:
 def _check_shape(name: str, array: jax.Array, letters: str, sizes: tuple[Any, ...]) -> None:
     # Not left to chex: leading dims of 1 would broadcast, and the numbers be wrong.
     if array.shape != sizes:
-        raise ValueError(
-            f"{name} must be [{letters}] = {list(sizes)} to fit query [..., T, N, H] and its fellow, "
-            f"got shape {list(array.shape)}"
-        )
+        wanted = f"[{letters}] = {list(sizes)} to fit query [..., T, N, H] and its fellow"
+        raise ValueError(f"{name} must be {wanted}, got shape {list(array.shape)}")
 
 
 def _lay_out_positions(
@@ -252,11 +250,8 @@ def _lay_out_positions(
         lead = array.shape[: array.ndim - len(own)]
         fits = array.shape[array.ndim - len(own) :] == own and len(lead) <= len(batch)
         if not fits or any(d not in (1, b) for d, b in zip(lead[::-1], batch[::-1], strict=False)):
-            raise ValueError(
-                f"{name} must be [{letters}] with ...={tuple(batch)}"
-                + (f" and {letters[-1]} = {own[0]}" if own else "")
-                + f", got shape {array.shape}"
-            )
+            size = f" and {letters[-1]} = {own[0]}" if own else ""
+            raise ValueError(f"{name} must be [{letters}] with ...={tuple(batch)}{size}, got shape {array.shape}")
         return array.reshape((1,) * (len(batch) - len(lead)) + lead + (1, 1, *tail))
 
     kv_pos = Range(0) if kv_positions is None else spread("kv_positions", kv_positions, (S,), "..., S", (1, S))

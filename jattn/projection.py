@@ -78,15 +78,7 @@ def _checked(params: Params, x: ArrayLike, context: ArrayLike | None) -> tuple[P
     (D, N, H), (C, K, _), V = params.wq.shape, params.wk.shape, params.wv.shape[-1]
     checks.divides(K, N)
     size = dict(C=C, K=K, H=H, V=V, N=N, E=0 if params.wo is None else params.wo.shape[-1])
-    for name, letters in (
-        ("wk", "CKH"),
-        ("wv", "CKV"),
-        ("wo", "NVE"),
-        ("bq", "NH"),
-        ("bk", "KH"),
-        ("bv", "KV"),
-        ("bo", "E"),
-    ):
+    for name, letters in dict(wk="CKH", wv="CKV", wo="NVE", bq="NH", bk="KH", bv="KV", bo="E").items():
         if f"params.{name}" in arrays:
             wanted = tuple(size[letter] for letter in letters)
             checks.shape(f"params.{name}", arrays[f"params.{name}"], ", ".join(letters), wanted)

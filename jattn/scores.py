@@ -276,12 +276,6 @@ class Dropout(Value):
         return bits >= jnp.uint32(round(self.rate * 2**32))
 
 
-def split(scores: tuple[Value, ...]) -> tuple[tuple[Modifier, ...], Sink | None]:
-    """Parts scores into the modifiers, in their order, and the sink."""
-    sinks = [score for score in scores if isinstance(score, Sink)]
-    return tuple(score for score in scores if isinstance(score, Modifier)), sinks[0] if sinks else None
-
-
 def as_scores(scores: Any) -> tuple[Value, ...]:
     """Returns `scores` as a tuple of modifiers and at most one Sink; TypeError or ValueError for anything else."""
     scores = (scores,) if isinstance(scores, Value) else scores

@@ -18,6 +18,7 @@ from jattn import masks
 from jattn.problem import Problem, Range, move, take_slice
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+FEW = 4  # visits of a block of rows, or 1/8 of all: where none turns out to want more, more are not gone through
 SCORES_AT_MOST = 2**20  # in a visit of a band, of decoding, and of any on a CPU, unless the caller gives greater blocks
 SCORES_AT_ONCE = 2**18  # in visits at the same time, for one key/value head: they stay in a CPU's cache
 SCORES_ON_DEVICE = 2**26  # in what is done at the same time, for all heads and examples, on anything but a CPU
@@ -124,7 +125,8 @@ class _Outside:
         self.axis = K_axis + (self.moved != K_axis)  # of K, in self.shape
 
     def enter(self, leaf: jax.Array) -> jax.Array:
-        return _bare(move(leaf, self.moved, self.K_axis))
+        moved = move(leaf, self.moved, self.K_axis)
+        return moved.reshape([size for size in moved.shape if not _is_one(size)])
 
     def leave(self, kept: jax.Array) -> jax.Array:
         return move(kept.reshape(self.shape), self.K_axis, self.moved)
@@ -157,11 +159,6 @@ def _is_one(size: int) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _bare(array: jax.Array) -> jax.Array:
-    """Without axes of 1."""
-    return array.reshape([size for size in array.shape if not _is_one(size)])
-
-
 def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
     """Runs on one example and head without the axes that say so: XLA would copy what it carries into loops for them."""
     *lead, G, T, S = blocks
@@ -172,23 +169,49 @@ def _without_lead(run: Callable, blocks: tuple[int, ...], operands: Any) -> Any:
 
 
 def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands: Any) -> Any:
+    """Runs over the blocks of rows; where arrays decide what is visited, in few visits if that turns out to do."""
+    operands = (operands[0].widened(), *operands[1:])  # of one head, where heads are looped over
+    rows = functools.partial(_rows, run, blocks)
+    if visits.kinds is not None or len(visits.present) == 1:
+        return rows(visits, operands)
+    kinds, order = _kinds_now(operands[0], blocks), None if visits.order is None else visits.order[:, :, 0]
+    if order is not None:
+        kinds = jnp.take_along_axis(kinds, order, axis=1)
+    every = functools.partial(rows, visits._replace(kinds=kinds))
+    if not all(isinstance(size, int) for size in kinds.shape) or kinds.shape[1] <= FEW:
+        return every(operands)
+    few = max(FEW, kinds.shape[1] // 8)
+    first = jnp.argsort(kinds == EMPTY, axis=1, stable=True)[:, :few].astype(np.int32)
+    chosen = first if order is None else jnp.take_along_axis(order, first, axis=1)
+    fewer = visits._replace(order=chosen[:, :, None], kinds=jnp.take_along_axis(kinds, first, axis=1))
+    will_do = ((kinds != EMPTY).sum(1) <= few).all()
+    return lax.cond(will_do, _forget(functools.partial(rows, fewer)), _forget(every), operands)
+
+
+def _kinds_now(problem: Problem, blocks: tuple[int, ...]) -> jax.Array:
+    """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`, as arrays decide, one block of rows at a time."""
+    operands = problem.mask, problem.q_pos
+    cut = functools.partial(_cut_rows, len(blocks) - 2, blocks[-2])
+    pieces, together = _split(operands, cut, _roles(blocks, (operands, ())))
+
+    def look(x: Any) -> jax.Array:
+        mask, q_pos = together(x[1])
+        return jnp.asarray(_kinds(mask, q_pos, problem.kv_pos, blocks))[0]
+
+    rows = -(-problem.sizes[-2] // blocks[-2])
+    return _agreed(lax.map(look, (jnp.arange(rows, dtype=jnp.int32), pieces)))
+
+
+def _rows(run: Callable, blocks: tuple[int, ...], visits: "Visits", operands: Any) -> Any:
     """Runs over the blocks of rows, with the keys that each visits: one after the other, bands a few at a time."""
     *_, axis, _ = range(len(blocks))
-    operands = (operands[0].widened(), *operands[1:])  # of one head, where heads are looped over
     size, block = operands[0].sizes[axis], blocks[axis]
     roles = _roles(blocks, operands)
     keys, run_row = _by_keys(run, visits, blocks, roles, operands)
     if isinstance(size, int) and size == block:
         keys, order, kinds = jax.tree.map(lambda of_rows: of_rows[0], (keys, visits.order, visits.kinds))
         return run_row(operands, keys, Row(order, kinds, None))
-    # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
     outside = max(axis - 2, 0)
-
-    def cut(leaf: jax.Array, role: Role) -> Cut | None:
-        if role.rows and role.keys and not role.moving and leaf.size != 0:
-            # It stays where it is, because cutting it might copy something T x S.
-            return Cut(starts, lambda start: _rows_at(leaf, axis, start, block))
-        return _cut(move(leaf, axis, outside), outside, block, lambda piece: move(piece, outside, axis))
 
     def rows(x: Any) -> Any:
         start, piece, keys, order, kinds = x
@@ -197,12 +220,22 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
         return jax.tree.map(lambda result: move(result, axis, outside), results)
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
-    pieces, together = _split(operands, cut, roles)
+    pieces, together = _split(operands, functools.partial(_cut_rows, axis, block), roles)
     xs = (starts, pieces, keys, visits.order, visits.kinds)
     # Rows of something T x S are sliced, and slices at different places would be gathered.
     several = 1 if any(role.rows and role.keys for role in roles) else rows_at_once(visits, blocks)
     results = lax.map(_forget(rows), xs, batch_size=several if several > 1 else None)
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
+
+
+def _cut_rows(axis: int, block: int, leaf: jax.Array, role: "Role") -> "Cut | None":
+    if role.rows and role.keys and not role.moving and leaf.size != 0:
+        # It stays where it is, because cutting it might copy something T x S.
+        starts = jnp.arange(-(-leaf.shape[axis] // block), dtype=jnp.int32) * block
+        return Cut(starts, lambda start: _rows_at(leaf, axis, start, block))
+    # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
+    outside = max(axis - 2, 0)
+    return _cut(move(leaf, axis, outside), outside, block, lambda piece: move(piece, outside, axis))
 
 
 class Role(NamedTuple):
@@ -251,7 +284,11 @@ def _by_keys(
         if visits.width == 1 or _is_one(leaf.shape[S_axis]):
             pieces = _cut(leaf, S_axis, block)
             return _by_index(pieces) if forward else pieces
-        band = functools.partial(_take_blocks, _in_blocks(leaf, S_axis, block), S_axis)
+        whole = _in_blocks(leaf, S_axis, block)
+
+        def band(order: Any) -> jax.Array:
+            return lax.collapse(jnp.take(whole, order, axis=S_axis, mode="clip"), S_axis, S_axis + 2)
+
         order = order.reshape((-1, visits.width))
         return Cut(order, band) if forward else _cut(band(order.reshape(-1)), S_axis, block * visits.width)
 
@@ -277,11 +314,6 @@ def _by_keys(
         return run(blocks, operands, keys, with_keys, row)
 
     return shared if visits.width > 1 else None, run_row
-
-
-def _take_blocks(blocks: jax.Array, axis: int, order: Any) -> jax.Array:
-    """The blocks `order` of `[..., blocks, block, ...]`, one after the other, as one axis."""
-    return lax.collapse(jnp.take(blocks, order, axis=axis, mode="clip"), axis, axis + 2)
 
 
 def _rows_at(leaf: jax.Array, axis: int, start: jax.Array, block: int) -> jax.Array:
@@ -328,9 +360,6 @@ def _tile(
     axis, block, (order, kinds, live) = len(blocks) - 1, blocks[-1], row
     if order is None:
         order = jnp.arange(-(-visits.S // block), dtype=jnp.int32)[:, None]
-    if kinds is None and len(visits.present) > 1:
-        problem = operands[0]
-        kinds = _agreed(jnp.asarray(_kinds(problem.mask, problem.q_pos, problem.kv_pos, blocks)[0])[order[:, 0]])
 
     def keep(problem: Problem, j: jax.Array) -> jax.Array:
         keep = problem.mask(problem.q_pos, problem.kv_pos)
@@ -394,15 +423,15 @@ class Row(NamedTuple):
     """What one block of rows visits."""
 
     order: Any  # [visits, width]  the blocks of keys; None: all, one by one
-    kinds: Any  # [visits]  what each visit is, as an index of `present`; None: arrays decide
+    kinds: Any  # [visits]  what each visit is, as an index of `present`; None: there is but one
     live: jax.Array | None  # how many rows are no padding; None: all
 
 
 class Visits(NamedTuple):
     """Which blocks of keys each block of rows visits, as far as is known while tracing."""
 
-    order: np.ndarray | None  # [rows, visits, width]  the blocks; None: all, one by one
-    kinds: np.ndarray | None  # [rows, visits]  what each visit is, as an index of `present`; None: arrays decide
+    order: Any  # [rows, visits, width]  the blocks; None: all, one by one
+    kinds: Any  # [rows, visits]  what each visit is, as an index of `present`; None: arrays decide, or there is but one
     present: tuple[int, ...]  # the kinds there are
     width: int  # how many blocks a visit takes: if more than one, it is all that a block of rows visits
     S: int

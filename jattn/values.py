@@ -106,11 +106,8 @@ def _lay_out(array: Array, own_axes: str, sizes: tuple[int, ...], name: str) -> 
 
 
 def _is_static(field: Any) -> bool:
-    return (
-        field is None
-        or isinstance(field, bool | int | float | str)
-        or (callable(field) and not isinstance(field, Value))
-    )
+    is_function = callable(field) and not isinstance(field, Value)
+    return field is None or isinstance(field, bool | int | float | str) or is_function
 
 
 def _same(mine: Any, other: Any) -> bool:

@@ -29,7 +29,7 @@ SHAPES = {  # no length is a multiple of its block, no value is as wide as its k
     "no_query": {"T": 0, "S": 5, "H": 3, "V": 2},
     "no_key": {"T": 5, "S": 0, "H": 3, "V": 2},
 }
-BLOCKS = {"square": (4, 5), "wide": (3, 4), "tall": (5, 2), "one_query": (4, 3), "short": (8, 16)}  # else (4, 4)
+BLOCKS = {"square": (4, 2), "wide": (3, 4), "tall": (5, 2), "one_query": (4, 3), "short": (8, 16)}  # else (4, 4)
 SCORES = {"none": (), **{name: (name,) for name in cases.SCORES}, "chain": ("bias_keys", "softcap", "alibi", "sink")}
 # One of each kind, for a selection; the sweep takes all.
 KINDS_OF_SCORE = ("none", "bias_full", "bias_keys", "softcap", "alibi", "relative", "function", "sink", "chain")

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -544,3 +545,57 @@ def test_only_blocks_that_may_hold_something_are_visited(mask, visits):
     jattn.attention(q, k, v, mask=mask, scores=(counting,), implementation=jattn.Blockwise(4, 4)).block_until_ready()
     jax.effects_barrier()
     assert len(visited) == visits
+
+
+SHORT = np.arange(64) // 6  # in blocks of 4, a row of blocks sees 3 of 16 at most
+LONG = np.minimum(np.arange(64) // 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "all_visits", "few_do"),
+    [
+        (Segments(SHORT), 16, True),
+        (Segments(np.where(SHORT == 9, -1, SHORT)), 16, True),
+        (Segments(LONG), 16, False),
+        (Segments(LONG) & Window(8, 8), 5, False),  # what is known while tracing goes before
+        (Segments(SHORT) & Window(8, 8), 5, True),
+    ],
+    ids=["short", "short_padded", "long", "long_window", "short_window"],
+)
+def test_no_more_blocks_are_gone_through_than_may_be_enough(mask, all_visits, few_do, monkeypatch):
+    taken, lengths, cond = [], [], jax.lax.cond
+
+    def watched(do, few, every, operands):
+        jax.debug.callback(lambda do: taken.append(bool(do)), do)
+        for branch in (few, every):
+            found = map(int, re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(branch)(operands))))
+            lengths.append(sorted(set(found) - {16}) or [16])  # 16 blocks of rows
+        return cond(do, few, every, operands)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "cond", watched)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 64, 1, 3))
+    jattn.attention(q, k, v, mask=mask, implementation=jattn.Blockwise(4, 4)).block_until_ready()
+    jax.effects_barrier()
+    assert taken == [few_do]
+    assert lengths == [[4], [all_visits]]
+
+
+@pytest.mark.parametrize("ids", [(SHORT, SHORT // 2), (SHORT, LONG), (LONG, LONG)], ids=["few", "mixed", "many"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["batch", "vmap"])
+def test_few_visits_say_what_all_say(ids, mapped):
+    q, k, v, ct = jax.random.normal(jax.random.key(0), (4, 2, 62, 2, 3))
+    ids = np.stack(ids)[:, :62]
+
+    def run(implementation, q, k, v, ids, ct):
+        f = lambda *args: jattn.attention(*args, mask=Segments(ids) & Causal(), implementation=implementation)  # noqa: E731
+        out, vjp = jax.vjp(f, q, k, v)
+        return out, vjp(ct), jax.jvp(lambda *args: jax.vjp(f, *args)[1](ct), (q, k, v), (v, q, k))[1]
+
+    wrap = jax.vmap if mapped else lambda f: f
+    dense, blockwise = (
+        jax.jit(wrap(lambda *args, chosen=chosen: run(chosen, *args)))(q, k, v, ids, ct)
+        for chosen in ("dense", jattn.Blockwise(4, 4))
+    )
+    for expected, actual in zip(jax.tree.leaves(dense), jax.tree.leaves(blockwise), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
