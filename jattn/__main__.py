@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import re
@@ -204,8 +203,11 @@ def _refuse(options: argparse.Namespace, x: np.ndarray) -> None:
         raise BadInput(f"--heads must divide the width D={D}, got {options.heads}")
     _claim("--out", options.out, (".npy",), options.input)
     _claim("--save", options.save, (".png", ".svg"), options.input)
-    if options.save and importlib.util.find_spec("matplotlib") is None:
-        raise BadInput("--save needs matplotlib: pip install 'jattn[plot]'")
+    if options.save:
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            raise BadInput("--save needs matplotlib: pip install 'jattn[plot]'") from error
 
 
 def _claim(flag: str, path: str | None, endings: tuple[str, ...], source: str | None) -> None:

@@ -175,8 +175,7 @@ def _by_rows(run: Callable, visits: "Visits", blocks: tuple[int, ...], operands:
     if visits.kinds is not None or len(visits.present) == 1:
         return rows(visits, operands)
     kinds, order = _kinds_now(operands[0], blocks), None if visits.order is None else visits.order[:, :, 0]
-    if order is not None:
-        kinds = jnp.take_along_axis(kinds, order, axis=1)
+    kinds = kinds if order is None else jnp.take_along_axis(kinds, order, axis=1)
     every = functools.partial(rows, visits._replace(kinds=kinds))
     if not all(isinstance(size, int) for size in kinds.shape) or kinds.shape[1] <= FEW:
         return every(operands)
