@@ -144,29 +144,9 @@ def from_matrices(
     if bo is not None and wo is None:
         raise ValueError("bo was given without wo: a bias of the output projection needs the projection")
     E = arrays["wo"].shape[0] if wo is not None else 0
-    wanted: dict[str, dict[str, int]] = {
-        "wk": {"K*H": K * H, "C": C},
-        "wv": {"K*V": K * V, "C": C},
-        "wo": {"E": E, "N*V": N * V},
-        "bq": {"N*H": N * H},
-        "bk": {"K*H": K * H},
-        "bv": {"K*V": K * V},
-        "bo": {"E": E},
-    }
-    for name, sizes in wanted.items():
-        if name in arrays:
-            checks.shape(name, arrays[name], ", ".join(sizes), tuple(sizes.values()))
-
-    def by_head(name: str, *shape: int) -> Any:
-        return arrays[name].T.reshape(shape) if name in arrays else None
-
-    return Params(
-        wq=by_head("wq", D, N, H),
-        wk=by_head("wk", C, K, H),
-        wv=by_head("wv", C, K, V),
-        wo=by_head("wo", N, V, E),
-        bq=by_head("bq", N, H),
-        bk=by_head("bk", K, H),
-        bv=by_head("bv", K, V),
-        bo=by_head("bo", E),
-    )
+    size = {"D": D, "C": C, "E": E, "N*H": N * H, "K*H": K * H, "K*V": K * V, "N*V": N * V}
+    letters = dict(wq="N*H, D", wk="K*H, C", wv="K*V, C", wo="E, N*V", bq="N*H", bk="K*H", bv="K*V", bo="E")
+    for name, array in arrays.items():
+        checks.shape(name, array, letters[name], tuple(size[product] for product in letters[name].split(", ")))
+    by_head = dict(wq=(D, N, H), wk=(C, K, H), wv=(C, K, V), wo=(N, V, E), bq=(N, H), bk=(K, H), bv=(K, V), bo=(E,))
+    return Params(**{name: array.T.reshape(by_head[name]) for name, array in arrays.items()})
