@@ -20,7 +20,7 @@ for each). Several devices would have to agree on them, so there they are masked
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
@@ -68,6 +68,10 @@ class Mask(Value):
         return Not(self)
 
     __array_ufunc__ = None  # so that a NumPy array & a mask is this algebra's business
+
+    def by_block(self, interval: Callable) -> Callable:
+        """Returns the mask as a predicate of intervals of positions; `interval` gives an array's, of each block."""
+        return jax.tree.map(interval, self)
 
     def to_array(self, T: int, S: int, *, q_offset: int = 0) -> jax.Array:
         """Returns the mask as a boolean array `[..., T, S]`, `...` being the leading dims of the arrays it carries.
@@ -129,10 +133,7 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
         flat = array.reshape((math.prod(array.shape[:-2]), *array.shape[-2:]))
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
-    def bounds(part: Any) -> Any:
-        return part.by_block(interval) if isinstance(part, Segments) else interval(part)
-
-    read = jax.tree.map(bounds, mask, is_leaf=lambda part: isinstance(part, Segments))
+    read = jax.tree.map(lambda part: part.by_block(interval), mask, is_leaf=_is_single)
     verdict = Interval.of(read(interval(q_pos), interval(kv_pos)))
     static = all(isinstance(x, np.ndarray | np.bool_ | int) for x in (verdict.lo, verdict.hi, *shape))
     xp = np if static else jnp
@@ -141,11 +142,8 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
 
 def known(mask: Mask) -> Mask:
     """Returns what is known of the mask while tracing: parts that carry arrays may allow, or may not."""
-    if isinstance(mask, _Joined):
-        return mask.replace(masks=tuple(map(known, mask.masks)))
-    if isinstance(mask, Not):
-        return mask.replace(mask=known(mask.mask))
-    return Function(np.equal) if jax.tree.leaves(mask) else mask  # of a function nothing is known
+    nothing = Function(np.equal)  # is known of a function
+    return jax.tree.map(lambda part: nothing if jax.tree.leaves(part) else part, mask, is_leaf=_is_single)
 
 
 def _by_block(xp: Any, array: Any, block_q: int, block_kv: int, pick: str) -> Any:
@@ -324,7 +322,7 @@ class Segments(Mask):
         return (self.q == self.kv) & (self.q >= 0)
 
     def by_block(self, interval: Callable) -> Callable:
-        """Returns the mask of intervals. Padding is left out of those of ids: it would make them overlap others."""
+        # Padding is left out of the intervals of ids: it would make them overlap others.
         ids = self.q, self.kv
         least, greatest = ([interval(jnp.where(a < 0, other, a)) for a in ids] for other in (_INT32.max, -1))
         q, kv = (Interval(lo.lo, hi.hi) for lo, hi in zip(least, greatest, strict=True))
@@ -505,7 +503,7 @@ def _sizes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], tuple[int, ...]
     Dims in front of a `Dense` mask's T and S are the batch and the heads, so a mask with one dim less has batch alone;
     without a `Dense` that has heads, leading dims are taken for the batch.
     """
-    parts = list(_parts(mask))
+    parts = jax.tree.leaves(mask, is_leaf=_is_single)
     heads = [np.ndim(part.array) - 3 for part in parts if isinstance(part, Dense) and np.ndim(part.array) >= 3]
     lead: list[tuple[int, ...]] = []
     for part in parts:
@@ -517,10 +515,9 @@ def _sizes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], tuple[int, ...]
     return whole, ((*whole, 1, T, S) if heads else (*whole, 1, 1, T, S))
 
 
-def _parts(mask: Mask) -> Iterator[Mask]:
-    """The masks that a mask is made of."""
-    inside = mask.masks if isinstance(mask, _Joined) else (mask.mask,) if isinstance(mask, Not) else ()
-    yield from [part for one in inside for part in _parts(one)] if inside else [mask]
+def _is_single(mask: Any) -> bool:
+    """Whether it is a mask that is not made of other masks."""
+    return isinstance(mask, Mask) and not isinstance(mask, _Joined | Not)
 
 
 def _positions(ndim: int, T: int, S: int, q_offset: int) -> tuple[np.ndarray, np.ndarray]:
