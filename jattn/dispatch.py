@@ -224,7 +224,7 @@ class Explanation(NamedTuple):
 
     implementation: str
     block_sizes: tuple[int, ...]  # along [*B, K, G, T, S]
-    empty: float | None  # share of the blocks; None where arrays decide
+    empty: float | None  # share of the blocks; None where arrays decide that are not given
     partial: float | None
     full: float | None
     flops: float  # of the two products over the blocks that are not empty
@@ -246,7 +246,7 @@ class Explanation(NamedTuple):
 
 
 def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **options: Any) -> Explanation:
-    """Tells what `attention` would run for the same arguments, without running it.
+    """Tells what `attention` would run for the same arguments, without running it: where arrays decide, it counts.
 
         flops ≈ 2 B N (H + V) T S (share of blocks that are not empty)
 
@@ -267,21 +267,23 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 
     found: list[Any] = []
 
-    def look(*arrays: Any) -> None:
+    def look(*arrays: Any) -> list[jax.Array]:
         query, key, value, options = rebuild(arrays)
         problem = lay_out(query, key, value, **options)
         chosen = _choose(problem, implementation)
-        blocks = problem.sizes if chosen is None else chosen
-        kinds = sweep.static_kinds(problem, blocks)
-        found.append((problem.sizes, problem.q.shape[-1], problem.v.shape[-1], chosen, blocks, kinds))
+        blocks = tuple(max(size, 1) for size in problem.sizes) if chosen is None else chosen
+        found.append((problem.sizes, chosen, blocks, sweep.static_kinds(problem, blocks)))
+        return sweep.count_visits(problem, blocks)
 
     jax.eval_shape(look, *arrays)
-    sizes, H, V, chosen, blocks, kinds = found[0]
+    sizes, chosen, blocks, kinds = found[0]
+    counts: Any = None
+    if kinds is not None:
+        counts = [np.sum(kinds == kind) for kind in (sweep.EMPTY, sweep.PARTIAL, sweep.FULL)]
+    elif not any(isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer) for array in arrays[3:]):
+        counts = jax.jit(lambda *given: look(*map(jnp.zeros_like, arrays[:3]), *given))(*arrays[3:])
+    empty, partial, full = 3 * [None] if counts is None else (np.array(counts) / max(np.sum(counts), 1)).tolist()
     memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()
-    empty, partial, full = (
-        None if kinds is None else float(np.sum(kinds == kind) / max(kinds.size, 1))
-        for kind in (sweep.EMPTY, sweep.PARTIAL, sweep.FULL)
-    )
     skipped = 0.0 if chosen is None or empty is None else empty
     return Explanation(
         implementation="dense" if chosen is None else "blockwise",
@@ -289,9 +291,9 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         empty=empty,
         partial=partial,
         full=full,
-        flops=2.0 * (H + V) * float(np.prod(sizes, dtype=float)) * (1 - skipped),
+        flops=2.0 * (arrays[0].shape[-1] + arrays[2].shape[-1]) * float(np.prod(sizes, dtype=float)) * (1 - skipped),
         temp_bytes=int(memory.temp_size_in_bytes),
-        reasons=_reasons(sizes, H, chosen, implementation),
+        reasons=_reasons(sizes, arrays[0].shape[-1], chosen, implementation),
     )
 
 

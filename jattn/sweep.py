@@ -210,13 +210,12 @@ def _rows(run: Callable, blocks: tuple[int, ...], visits: "Visits", operands: An
     if isinstance(size, int) and size == block:
         keys, order, kinds = jax.tree.map(lambda of_rows: of_rows[0], (keys, visits.order, visits.kinds))
         return run_row(operands, keys, Row(order, kinds, None))
-    outside = max(axis - 2, 0)
 
     def rows(x: Any) -> Any:
         start, piece, keys, order, kinds = x
         live = size - start if _is_ragged(size, block) else None
         results = run_row(together(piece), keys, Row(order, kinds, live))
-        return jax.tree.map(lambda result: move(result, axis, outside), results)
+        return jax.tree.map(lambda result: move(result, axis, _outside_rows(axis)), results)
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
     pieces, together = _split(operands, functools.partial(_cut_rows, axis, block), roles)
@@ -224,16 +223,22 @@ def _rows(run: Callable, blocks: tuple[int, ...], visits: "Visits", operands: An
     # Rows of something T x S are sliced, and slices at different places would be gathered.
     several = 1 if any(role.rows and role.keys for role in roles) else rows_at_once(visits, blocks)
     results = lax.map(_forget(rows), xs, batch_size=several if several > 1 else None)
+    outside = _outside_rows(axis)
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
 
 
+def _outside_rows(axis: int) -> int:
+    """Where rows come from the caller, before heads, so that nothing is transposed before it is cut."""
+    return max(axis - 2, 0)
+
+
 def _cut_rows(axis: int, block: int, leaf: jax.Array, role: "Role") -> "Cut | None":
+    """Cuts rows into blocks; None if the leaf has none."""
     if role.rows and role.keys and not role.moving and leaf.size != 0:
         # It stays where it is, because cutting it might copy something T x S.
         starts = jnp.arange(-(-leaf.shape[axis] // block), dtype=jnp.int32) * block
         return Cut(starts, lambda start: _rows_at(leaf, axis, start, block))
-    # Rows before heads, as they came from the caller, so that nothing is transposed before it is cut.
-    outside = max(axis - 2, 0)
+    outside = _outside_rows(axis)
     return _cut(move(leaf, axis, outside), outside, block, lambda piece: move(piece, outside, axis))
 
 
@@ -283,11 +288,7 @@ def _by_keys(
         if visits.width == 1 or _is_one(leaf.shape[S_axis]):
             pieces = _cut(leaf, S_axis, block)
             return _by_index(pieces) if forward else pieces
-        whole = _in_blocks(leaf, S_axis, block)
-
-        def band(order: Any) -> jax.Array:
-            return lax.collapse(jnp.take(whole, order, axis=S_axis, mode="clip"), S_axis, S_axis + 2)
-
+        band = functools.partial(_side_by_side, _in_blocks(leaf, S_axis, block), S_axis)
         order = order.reshape((-1, visits.width))
         return Cut(order, band) if forward else _cut(band(order.reshape(-1)), S_axis, block * visits.width)
 
@@ -338,6 +339,11 @@ def _in_blocks(leaf: jax.Array, axis: int, block: int) -> jax.Array:
         narrow = jnp.issubdtype(leaf.dtype, jnp.signedinteger) and size != 0
         leaf = jnp.pad(leaf, widths, mode="edge") if narrow else jnp.pad(leaf, widths)
     return leaf.reshape((*lead, count, block, *leaf.shape[axis + 1 :]))
+
+
+def _side_by_side(blocks: jax.Array, axis: int, order: jax.Array) -> jax.Array:
+    """The blocks `order`, `[width]`, as one: undoes `_in_blocks` for them."""
+    return lax.collapse(jnp.take(blocks, order, axis=axis, mode="clip"), axis, axis + 2)
 
 
 def _along(axis: int, ndim: int, index: jax.Array) -> jax.Array:
@@ -495,8 +501,24 @@ def _is_ragged(size: int, block: int) -> bool:
 
 def static_kinds(problem: Problem, blocks: tuple[int, ...]) -> np.ndarray | None:
     """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`, if that is known while tracing."""
-    at_least_one = tuple(max(block, 1) if isinstance(block, int) else block for block in blocks)
-    return _static_kinds(problem.mask, plan(problem, at_least_one), problem.sizes)
+    return _static_kinds(problem.mask, plan(problem, blocks), problem.sizes)
+
+
+def count_visits(problem: Problem, blocks: tuple[int, ...]) -> list[jax.Array]:
+    """How many blocks, of all heads and examples, are left out and are visited as PARTIAL and as FULL, by doing so."""
+
+    def start(problem: Problem, _: Any) -> list[jax.Array]:
+        return [jnp.zeros(problem.sizes[:-1], jnp.int32)] * 2
+
+    def step(counts: list[jax.Array], keep: jax.Array | None, problem: Problem, _: Any) -> list[jax.Array]:
+        partial, full = counts
+        visited = problem.sizes[-1] // blocks[-1]
+        return [partial, full + visited] if keep is None else [partial + visited, full]
+
+    counts = sweep(plan(problem, blocks), start, step, problem.with_positions(), ())
+    partial, full = (count[..., 0, :: blocks[-2]] for count in counts)  # of one row of each block
+    every = partial.size * -(-problem.sizes[-1] // blocks[-1])
+    return [every - partial.sum() - full.sum(), partial.sum(), full.sum()]
 
 
 def _forget(f: Callable) -> Callable:

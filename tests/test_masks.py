@@ -293,19 +293,38 @@ def test_blocks_of_scattered_positions_tell_the_truth(name):
     )  # an offset that is known only when it runs
 
 
-@pytest.mark.parametrize("name", ["full", "empty", "causal", "window", "prefix_lm", "outside", "prompt"])
+@pytest.mark.parametrize("name", ["full", "empty", "causal", "window", "prefix_lm", "outside", "prompt", "dense"])
 def test_explain_counts_blocks_honestly(name):
-    """Shares of 5 x 3 blocks: exact where the mask is known while tracing."""
+    """Shares of 5 x 3 blocks: exact for these masks, whether known while tracing or decided by arrays."""
     T, S = 13, 12
     mask, allowed = catalogue(T, S)[name]
     q, k = jax.ShapeDtypeStruct((T, 1, 1), jnp.float32), jax.ShapeDtypeStruct((S, 1, 1), jnp.float32)
     told = jattn.explain(q, k, k, mask=mask, q_offset=0, implementation=SMALL)
-    blocks = [allowed[i : i + 3, j : j + 4] for i in range(0, T, 3) for j in range(0, S, 4)]
-    if jax.tree.leaves(mask):  # arrays decide, while it runs
-        assert told.empty is told.partial is told.full is None
-    else:
-        empty, full = np.mean([not b.any() for b in blocks]), np.mean([b.all() for b in blocks])
-        np.testing.assert_allclose((told.empty, told.partial, told.full), (empty, 1 - empty - full, full), atol=1e-6)
+    np.testing.assert_allclose((told.empty, told.partial, told.full), shares(allowed), atol=1e-6)
+    assert f"{told.partial:.1%} partial" in str(told)
+
+
+def shares(allowed):
+    """Of the blocks of SMALL, `[..., T, S]`: empty, partial, full."""
+    *_, T, S = allowed.shape
+    blocks = [allowed[..., i : i + 3, j : j + 4] for i in range(0, T, 3) for j in range(0, S, 4)]
+    empty = np.mean([~block.any((-1, -2)) for block in blocks])
+    full = np.mean([block.all((-1, -2)) for block in blocks])
+    return empty, 1 - empty - full, full
+
+
+def test_explain_counts_the_blocks_of_every_example():
+    """Segments differ between examples, each of which is gone through by itself."""
+    ids = jnp.array([[0] * 12, [0] * 3 + [1] * 6 + [2] * 3, [0, 1, 2] + [3] * 9], jnp.int32)
+    q, none = jnp.full((3, 12, 4, 2), np.nan), jax.ShapeDtypeStruct((3, 12, 1, 2), jnp.float32)
+    allowed = np.asarray(ids[:, :, None] == ids[:, None, :])
+    told = jattn.explain(q, none, none, mask=Segments(ids), implementation=SMALL)
+    np.testing.assert_allclose((told.empty, told.partial, told.full), shares(allowed), atol=1e-6)
+    assert told.flops == pytest.approx(2 * 4 * 3 * 4 * 12 * 12 * (1 - told.empty))
+    unknown = Segments(jax.ShapeDtypeStruct(ids.shape, ids.dtype))
+    told = jattn.explain(q, none, none, mask=unknown, implementation=SMALL)
+    assert told.empty is told.partial is told.full is None and "decided by arrays" in str(told)
+    assert jattn.explain(q, none, none, mask=Segments(ids), implementation="dense").empty == 0
 
 
 @implementations
@@ -577,6 +596,7 @@ def test_no_more_blocks_are_gone_through_than_may_be_enough(mask, all_visits, fe
     q, k, v = jax.random.normal(jax.random.key(0), (3, 64, 1, 3))
     jattn.attention(q, k, v, mask=mask, implementation=jattn.Blockwise(4, 4)).block_until_ready()
     jax.effects_barrier()
+    jax.clear_caches()  # of what was watched
     assert taken == [few_do]
     assert lengths == [[4], [all_visits]]
 
