@@ -14,6 +14,7 @@ from tests.problems import AXES
 
 EVERY = {"mode": tuple(MODES)} | AXES | {"mask": tuple(cases.MASKS), "score": tuple(problems.SCORES)}
 SELECTION = problems.cover({"family": tuple(FAMILIES)} | AXES)
+OTHERWISE = dict(xla_backend_optimization_level=3)  # where the other tests have 0
 
 
 def judge(mode: str, p: problems.Problem):
@@ -25,10 +26,17 @@ def judge(mode: str, p: problems.Problem):
     plain = problems.run(MODES[mode], p.naive, p)
     again = plain
     if any(np.ndim(e) == 0 for e in jax.tree.leaves(exact)):
-        again = problems.run(MODES[mode], p.naive, p, xla_backend_optimization_level=3)
-    for leaves in zip(*map(jax.tree.leaves, (actual, exact, plain, again)), strict=True):
-        # Two layers and two derivatives magnify rounding, in the plain code as in ours: either may be off by chance.
-        reference.assert_within_budget(*leaves, slack=8 if mode in FAMILIES["further"] else 4)
+        again = problems.run(MODES[mode], p.naive, p, **OTHERWISE)
+
+    def compare(actual):
+        for leaves in zip(*map(jax.tree.leaves, (actual, exact, plain, again)), strict=True):
+            # Two layers and two derivatives magnify rounding, in plain code as in ours: either may be off by chance.
+            reference.assert_within_budget(*leaves, slack=8 if mode in FAMILIES["further"] else 4)
+
+    try:
+        compare(actual)
+    except AssertionError:  # a fault is there however it is compiled, bad luck with rounding is not
+        compare(problems.run(MODES[mode], p.attention, p, **OTHERWISE))
 
 
 def with_modes(points):
