@@ -166,7 +166,8 @@ def dot_product_attention(
       - NaN or Inf in masked keys and values, and a bias of -inf, stay where they are (jax.nn: NaN everywhere);
       - the residual is float32 or wider and differentiable (jax.nn: the input dtype, no gradient);
       - float64 stays float64 (jax.nn: float32 sums);
-      - memory is linear; any number of leading dims; V may differ from H.
+      - memory is linear; any number of leading dims; V may differ from H;
+      - nothing is cast: a bias that is not floating, negative windows and numbers for `is_causal` are refused.
     As in jax.nn, and unlike in `attention`, position t of the queries is position t of the keys also when T != S, so
     that `is_causal` is aligned at the top left: for decoding use `attention` with `q_offset`.
 
@@ -198,24 +199,21 @@ def dot_product_attention(
         if len(window) != 2:
             raise ValueError(f"local_window_size must be an int or (left, right), got {local_window_size!r}")
         allowed = allowed & masks.Window(*window)
-    lengths = dict(q=query_seq_lengths, kv=key_value_seq_lengths)
     batch = jnp.shape(query)[:-3]
-    for name, length in (("query_seq_lengths", query_seq_lengths), ("key_value_seq_lengths", key_value_seq_lengths)):
-        if length is not None and jnp.shape(length) not in (batch, batch or (1,)):
-            raise ValueError(f"{name} must be [B] = {list(batch) or [1]}, got shape {list(jnp.shape(length))}")
-    given = {which: jnp.asarray(length).reshape(batch) for which, length in lengths.items() if length is not None}
+    lengths = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+    given = {name: checks.integer(name, length) for name, length in lengths.items() if length is not None}
+    for name, length in given.items():
+        if length.shape not in (batch, batch or (1,)):
+            raise ValueError(f"{name} must be [B] = {list(batch) or [1]}, got shape {list(length.shape)}")
     if given:
-        allowed = allowed & masks.Lengths(**given)
-    out, lse = attention_with_lse(
-        query,
-        key,
-        value,
-        mask=allowed,
-        scores=() if bias is None else (Bias(bias),),
-        scale=scale,
-        q_offset=0,
-        implementation=None if implementation == "xla" else implementation,
-    )
+        q, kv = (given[name].reshape(batch or (1,)) if name in given else None for name in lengths)
+        allowed = allowed & masks.Lengths(q, kv)
+    # Three axes are a batch of one, as in jax.nn: a bias or a mask may have an axis for it.
+    batched = [jnp.expand_dims(a, 0) if getattr(a, "ndim", 0) == 3 else a for a in (query, key, value)]
+    scores = () if bias is None else (Bias(checks.floating("bias", bias)),)
+    chosen = None if implementation == "xla" else implementation
+    out, lse = attention_with_lse(*batched, mask=allowed, scores=scores, scale=scale, q_offset=0, implementation=chosen)
+    out, lse = (out, lse) if batch else (out[0], lse[0])
     return (out, lse) if return_residual else out
 
 
@@ -372,7 +370,8 @@ def _arrays_apart(tree: Any) -> tuple[list[Any], Any]:
     """Parts a pytree into its arrays and a function that puts arrays in their places."""
     leaves = jax.tree.leaves(tree)
     structure: Any = jax.tree.structure(tree)
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    # NumPy's numbers stay: as ints they are known while tracing.
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
 
     def rebuild(arrays: Any) -> Any:
         rest = iter(arrays)

@@ -47,7 +47,7 @@ class Bias(Modifier):
     axes: ClassVar[dict[str, str]] = {"array": "NTS"}
 
     def __post_init__(self) -> None:
-        checks.floating("Bias array", self.array)
+        _floating("Bias array", self.array)
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         return score + self.array.astype(score.dtype)
@@ -68,7 +68,7 @@ class SoftCap(Modifier):
             if not self.cap > 0 or math.isinf(self.cap):
                 raise ValueError(f"SoftCap cap must be positive and finite, got {self.cap}")
         else:
-            checks.floating("SoftCap cap", self.cap)
+            _floating("SoftCap cap", self.cap)
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         cap = jnp.asarray(self.cap, score.dtype)
@@ -137,7 +137,7 @@ class RelativePosition(Modifier):
     ordered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        checks.rank("RelativePosition table", checks.floating("RelativePosition table", self.table), "buckets, N")
+        checks.rank("RelativePosition table", _floating("RelativePosition table", self.table), "buckets, N")
         if not isinstance(self.bidirectional, bool):
             raise TypeError(f"RelativePosition bidirectional must be a bool, got {self.bidirectional!r}")
         one_way = self.table.shape[0] // 2 if self.bidirectional else self.table.shape[0]
@@ -189,8 +189,9 @@ class Function(Modifier):
     """A map of one's own: fn(score, q_pos, kv_pos, params) -> score.
 
     Args:
-      fn: elementwise in a float32 (or wider) score and int32 positions that broadcast against it, and
-        differentiable. Equal functions do not recompile; a fresh lambda does.
+      fn: elementwise in a float32 (or wider) score and int32 positions that broadcast against it, differentiable
+        and finite, where the mask allows nothing too: 0 times a derivative of NaN is NaN. Equal functions do not
+        recompile; a fresh lambda does.
       params: a pytree of arrays, handed to `fn` whole and differentiated.
     """
 
@@ -300,4 +301,9 @@ def _threefry(
 
 
 def _check_per_head(name: str, array: Any) -> None:
-    checks.rank(name, checks.floating(name, array), "..., N")
+    checks.rank(name, _floating(name, array), "..., N")
+
+
+def _floating(name: str, array: Any) -> Any:
+    """`checks.floating`, but what only describes an array passes, for `explain`."""
+    return array if isinstance(array, jax.ShapeDtypeStruct) else checks.floating(name, array)

@@ -136,6 +136,16 @@ def test_inputs_of_three_axes(options):
     np.testing.assert_allclose(got, exact[0], **TOL)
 
 
+def test_three_axes_are_a_batch_of_one():
+    """So a bias and a mask of four axes fit them, and the inputs may differ in having it."""
+    bias, mask = normal(1, N, T, S), boolean(1, 1, T, S)
+    for inputs in ((Q[0], KEY[0], V[0]), (Q[0], KEY[:1], V[:1]), (Q[:1], KEY[0], V[0])):
+        got = jattn.dot_product_attention(*inputs, bias, mask, return_residual=True)
+        wanted = jax.nn.dot_product_attention(*inputs, bias, mask, return_residual=True)
+        np.testing.assert_allclose(got[0], wanted[0], **TOL)
+        assert got[0].shape == inputs[0].shape and got[1].shape == inputs[0].shape[:-1]
+
+
 def test_lengths_with_inputs_of_three_axes():
     """jax.nn wants lengths of shape (1,) there, the batch that it adds."""
     lengths = dict(query_seq_lengths=np.array([5], np.int32), key_value_seq_lengths=np.array([4], np.int32))

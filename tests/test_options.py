@@ -229,6 +229,16 @@ def test_explain_takes_the_same_options():
         assert told[0] == told[1] and "dense" in str(told[0])
 
 
+def test_explain_takes_descriptions_and_numbers_of_numpy():
+    x = [jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)] * 3
+    shapes = [(scores.Bias, (2, 1, 2048)), (scores.ALiBi, (2,)), (scores.RelativePosition, (8, 2)), (scores.Sink, (2,))]
+    for kind, shape in shapes:
+        modifiers = (kind(jax.ShapeDtypeStruct(shape, jnp.float32)),)
+        assert jattn.explain(*x, scores=modifiers).implementation == "blockwise"
+    told = [jattn.explain(*x, mask=masks.Window(100, 0), q_offset=offset(0)) for offset in (int, np.int32)]
+    assert told[0] == told[1] and told[0].empty > 0.8
+
+
 REFUSED = {
     "offset and positions": (
         dict(q_offset=2, q_positions=Q_POS),
