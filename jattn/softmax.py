@@ -120,7 +120,7 @@ def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.
       ValueError: no parts, or shapes that differ.
       TypeError: a dtype that is not real floating, or dtypes that differ.
     """
-    if not isinstance(parts, Sequence) or not parts:
+    if not isinstance(parts, Sequence) or not parts or any(len(part) != 2 for part in parts):
         raise ValueError(f"parts must be a sequence of at least one (out, lse) pair, got {parts!r}")
     outs = [checks.floating(f"parts[{i}] out", part[0]) for i, part in enumerate(parts)]
     lses = [checks.floating(f"parts[{i}] lse", part[1]) for i, part in enumerate(parts)]
@@ -139,5 +139,6 @@ def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.
     finite = jnp.where(live, stacked, 0)
     m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))
     weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m[None], 0)), 0)
-    total = Running(m, weight.sum(0), (weight[..., None] * jnp.stack(outs).astype(dtype)).sum(0))
+    held = jnp.where(live[..., None], jnp.stack(outs).astype(dtype), 0)  # whatever is in a part that holds nothing
+    total = Running(m, weight.sum(0), (weight[..., None] * held).sum(0))
     return output(total).astype(outs[0].dtype), log_sum_exp(total).astype(lses[0].dtype)

@@ -113,8 +113,9 @@ def _is_static(field: Any) -> bool:
 def _same(mine: Any, other: Any) -> bool:
     if isinstance(mine, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return mine is other
-    mine, other = np.asarray(mine), np.asarray(other)
-    return mine.dtype == other.dtype and np.array_equal(mine, other)
+    keys = [jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key) for a in (mine, other)]
+    mine, other = (np.asarray(jax.random.key_data(a) if key else a) for a, key in zip((mine, other), keys, strict=True))
+    return keys[0] == keys[1] and mine.dtype == other.dtype and np.array_equal(mine, other)
 
 
 def _show(field: Any) -> str:
@@ -154,14 +155,6 @@ class Interval:
     def of(value: Any) -> "Interval":
         """Returns `value` if it is an interval, else the interval that holds it alone."""
         return value if isinstance(value, Interval) else Interval(value, value)
-
-    def __sub__(self, other: Any) -> "Interval":
-        other = Interval.of(other)
-        return Interval(self.lo - other.hi, self.hi - other.lo)
-
-    def __add__(self, other: Any) -> "Interval":
-        other = Interval.of(other)
-        return Interval(self.lo + other.lo, self.hi + other.hi)
 
     def __le__(self, other: Any) -> "Interval":
         other = Interval.of(other)

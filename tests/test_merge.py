@@ -105,6 +105,9 @@ def test_nothing_is_neutral():
     for parts in ([x], [x, nothing(x)], [nothing(x), x], [nothing(x), x, nothing(x)]):
         for merged, whole in zip(jattn.merge(parts), x, strict=True):
             np.testing.assert_array_equal(merged, whole)
+    void = (x[0] * np.nan, nothing(x)[1])
+    for merged, whole in zip(jattn.merge([void, x]), x, strict=True):
+        np.testing.assert_array_equal(merged, whole)
     for merged, empty in zip(jattn.merge([nothing(x)] * 3), nothing(x), strict=True):
         np.testing.assert_array_equal(merged, empty)
 
@@ -120,6 +123,8 @@ def test_nothing_sends_and_receives_no_nan():
         return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(jax.grad(total)(parts)))
 
     first, second = jax.jit(jax.grad(total)), jax.jit(jax.grad(slope))
+    d_void = first([x, (x[0] * np.nan, nothing(x)[1])])[1]
+    assert all((leaf == 0).all() for leaf in d_void)
     for parts in ([x, nothing(x)], [nothing(x), x], [nothing(x), nothing(x)]):
         with jax.debug_nans(True), jax.debug_infs(True):
             for derivative in (first(parts), second(parts)):
@@ -201,7 +206,13 @@ def test_dtypes(dtype):
 
 def test_errors():
     out, lse = some()
-    wrong_values = [[], [(out, lse), (out[:-1], lse[:-1])], [(out, lse[..., None])], [(out, lse), (out, lse[:, :1])]]
+    wrong_values = [
+        [],
+        [(out, lse, lse)],
+        [(out, lse), (out[:-1], lse[:-1])],
+        [(out, lse[..., None])],
+        [(out, lse), (out, lse[:, :1])],
+    ]
     for parts in wrong_values:
         with pytest.raises(ValueError, match=r"merge|out|lse|parts"):
             jattn.merge(parts)

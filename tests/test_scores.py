@@ -11,7 +11,7 @@ import pytest
 
 import jattn
 from jattn import masks, scores
-from jattn.scores import ALiBi, Bias, Function, RelativePosition, Sink, SoftCap, alibi_slopes
+from jattn.scores import ALiBi, Bias, Dropout, Function, RelativePosition, Sink, SoftCap, alibi_slopes
 from tests import plain
 from tests.pictures import draw
 from tests.plain import assert_close, derivatives, loss, qkv
@@ -381,6 +381,9 @@ def test_equal_and_hash_by_value():
         twin = copy.deepcopy(value)
         assert value == twin and hash(value) == hash(twin), name
     assert all(a != b for a, b in itertools.combinations(mine.values(), 2))
+    key, other = jax.random.key(0), jax.random.key(1)
+    assert Dropout(0.1, key) == Dropout(0.1, jax.random.key(0)) and hash(Dropout(0.1, key)) == hash(Dropout(0.1, other))
+    assert Dropout(0.1, other) != Dropout(0.1, key) != Dropout(0.1, jax.random.key_data(key))
     assert ALiBi(SLOPES) != Sink(SLOPES) and Bias(SLOPES) != Bias(SLOPES + 1)
 
 
