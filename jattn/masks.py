@@ -67,6 +67,9 @@ class Mask(Value):
     def __invert__(self) -> "Mask":
         return Not(self)
 
+    def __bool__(self) -> bool:
+        raise TypeError("a mask is neither true nor false: join masks by & | ~, not by and, or, not")
+
     __array_ufunc__ = None  # so that a NumPy array & a mask is this algebra's business
 
     def by_block(self, interval: Callable) -> Callable:
@@ -216,7 +219,11 @@ class Window(Mask):
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
-            _check_count(f"Window {name}", getattr(self, name), optional=True)
+            value = getattr(self, name)
+            _check_count(f"Window {name}", value, optional=True)
+            known = isinstance(value, np.ndarray | np.integer | jax.Array) and not isinstance(value, jax.core.Tracer)
+            if known and (np.asarray(value) < 0).any():
+                raise ValueError(f"Window {name} must be at least 0, got {np.min(value)}")
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         allowed = np.True_ if self.left is None else kv_pos >= _earlier(q_pos, self.left)

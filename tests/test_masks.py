@@ -15,6 +15,7 @@ import jattn
 from jattn import masks, scores
 from jattn.masks import Causal, Dense, Empty, Full, Function, Lengths, Prefix, Segments, SlidingWindow, Window
 from jattn.problem import lay_out
+from jattn.values import Interval
 from tests.pictures import catalogue, draw, striped
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
@@ -446,6 +447,8 @@ def test_bare_booleans_are_dense():
 WRONG = {
     "negative left": (lambda: Window(-1, 0), ValueError, "left.*-1"),
     "negative right": (lambda: Window(0, -2), ValueError, "right.*-2"),
+    "negative left in an array": (lambda: Window(np.int32(-1), 0), ValueError, "left.*-1"),
+    "negative right in an array": (lambda: Window(0, jnp.array([3, -2])), ValueError, "right.*-2"),
     "fractional window": (lambda: Window(1.5, 0), TypeError, "left"),
     "float window array": (lambda: Window(np.ones(3, np.float32), 0), TypeError, "left"),
     "boolean window": (lambda: Window(True, 0), TypeError, "left"),
@@ -553,17 +556,58 @@ def test_the_opposite_of_a_function_that_says_true_is_false():
     ids=["window", "window_lengths", "lengths", "causal"],
 )
 def test_only_blocks_that_may_hold_something_are_visited(mask, visits):
+    """Of 16 x 16. The gradient goes through the scores of what it visits up to five times."""
+    assert visits_made(mask) == visits
+    assert visits_made(mask, jax.grad) <= 5 * visits
+
+
+def visits_made(mask, transform=lambda f: f):
     visited = []
 
     def count(score, q_pos, kv_pos, _):
         jax.debug.callback(lambda _: visited.append(1), q_pos)  # of each, where `vmap` makes several one
         return score
 
+    def f(q):
+        options = dict(scores=(scores.Function(count, ()),), implementation=jattn.Blockwise(4, 4))
+        return jattn.attention(q, k, v, mask=mask, **options).sum()
+
     q, k, v = jax.random.normal(jax.random.key(0), (3, 64, 1, 3))
-    counting = scores.Function(count, ())
-    jattn.attention(q, k, v, mask=mask, scores=(counting,), implementation=jattn.Blockwise(4, 4)).block_until_ready()
+    jax.block_until_ready(jax.jit(transform(f))(q))
     jax.effects_barrier()
-    assert len(visited) == visits
+    return len(visited)
+
+
+@pytest.mark.parametrize("mask", [Window(255, 0), Segments(np.arange(8192) // 512)], ids=["window", "segments"])
+def test_a_window_and_packed_segments_are_an_eighth_of_the_work(mask):
+    x = jax.ShapeDtypeStruct((8192, 3, 64), jnp.float32)  # heads that are not shared out to 8 devices
+    told, full = jattn.explain(x, x, x, mask=mask), jattn.explain(x, x, x)
+    assert full.flops == 2 * 3 * (64 + 64) * 8192**2 and full.empty == 0
+    assert told.flops == full.flops * (1 - told.empty) <= full.flops / 8
+    temp = jax.jit(lambda *x: jattn.attention_with_lse(*x, mask=mask)).lower(x, x, x).compile().memory_analysis()
+    assert told.temp_bytes == temp.temp_size_in_bytes > 0
+    assert "flops           " in str(told) and told.reasons["blockwise"].startswith("taken")
+    assert told.reasons["dense"] == "not taken: it would hold 768.0 MiB of scores or more"
+
+
+def test_what_is_full_asks_no_mask():
+    asked = []
+
+    class Asking(masks.Mask):
+        def __call__(self, q_pos, kv_pos):
+            if not isinstance(q_pos, Interval):
+                jax.debug.callback(lambda _: asked.append(1), kv_pos)
+            return kv_pos <= q_pos
+
+    q = jax.random.normal(jax.random.key(0), (16, 1, 3))
+    jattn.attention(q, q, q, mask=Asking(), implementation=jattn.Blockwise(4, 4)).block_until_ready()
+    jax.effects_barrier()
+    assert len(asked) == 4  # the blocks on the diagonal, and not the 6 below it
+
+
+def test_masks_are_not_joined_by_words():
+    with pytest.raises(TypeError, match="join masks by"):
+        Causal() and Window(3, 0)
 
 
 SHORT = np.arange(64) // 6  # in blocks of 4, a row of blocks sees 3 of 16 at most
