@@ -83,7 +83,8 @@ def _tour(given: Input, options: argparse.Namespace, start: float) -> int:
     q, k = _projections(params, first)
     weights = _weights(q, k, mask)
     y = _attend(params, x, mask)
-    _context(params, first, mask)
+    _title("Context vector", "Σ_t y_t", "The whole of x in one vector: the sum of the attended rows.")
+    _shape("context", "[N*V]", jattn.context_vector(params, first, mask=mask), "")
     _picture(weights, given.labels, options)
     if options.out:
         _write(options.out, lambda file: np.save(file, np.asarray(y)))
@@ -207,7 +208,7 @@ def _refuse(options: argparse.Namespace, x: np.ndarray) -> None:
         try:
             import matplotlib.figure  # noqa: F401
         except ImportError as error:
-            raise BadInput("--save needs matplotlib: pip install 'jattn[plot]'") from error
+            raise BadInput("--save needs matplotlib: pip install '.[plot]'") from error
 
 
 def _claim(flag: str, path: str | None, endings: tuple[str, ...], source: str | None) -> None:
@@ -325,11 +326,6 @@ def _attend(params: jattn.Params, x: jax.Array, mask: Any) -> jax.Array:
     y = jax.jit(functools.partial(jattn.attend, mask=mask))(params, x)
     _shape("y", "[T, N*V]" if x.ndim == 2 else "[B, T, N*V]", y, "attend(params, x), all of it in one call")
     return y
-
-
-def _context(params: jattn.Params, x: jax.Array, mask: Any) -> None:
-    _title("Context vector", "Σ_t y_t", "The whole of x in one vector: the sum of the attended rows.")
-    _shape("context", "[N*V]", jattn.context_vector(params, x, mask=mask), "")
 
 
 def _picture(weights: np.ndarray, labels: list[str], options: argparse.Namespace) -> None:

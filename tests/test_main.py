@@ -268,7 +268,7 @@ def test_without_matplotlib_save_names_the_extra(run, monkeypatch, tmp_path):
     assert run("text", "--save", tmp_path / "a.png") == (
         2,
         "",
-        "jattn: --save needs matplotlib: pip install 'jattn[plot]'\n",
+        "jattn: --save needs matplotlib: pip install '.[plot]'\n",
     )
 
 
