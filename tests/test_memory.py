@@ -198,3 +198,12 @@ def test_decoding_copies_no_head_major_keys():
 
     cache = jax.ShapeDtypeStruct((K, S, H), jnp.float32)
     assert temp_bytes(f, spec(T, N, H), cache, cache) < S * K * H * 4 / 2
+
+
+def test_rows_of_weights_are_all_that_is_built():
+    T, rows = 16384, jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def f(q, k, rows):
+        return jattn.attention_weights(q, k, rows=rows, mask=masks.Causal() & masks.Window(255, 0))
+
+    assert temp_bytes(f, spec(T, 1, 64), spec(T, 1, 64), rows) < T * T * 4 / 64
