@@ -50,7 +50,7 @@ def sweep(plan: Plan, start: Callable, step: Callable, problem: Problem, directi
       the last states, each array `[*B, K, G, T, ...]`, as `start` makes them for the problem as a whole.
     """
     *batch_axes, K_axis, _, _, S_axis = range(len(plan.blocks))
-    operands = (problem, directions, *residuals)
+    operands = _varying((problem, directions, *residuals), problem)
     visits = visits_of(plan, problem)
     tile = functools.partial(_tile, visits, start, step)
     run = functools.partial(_without_lead, functools.partial(_by_rows, tile, visits), plan.blocks)
@@ -408,7 +408,7 @@ def _agreed(kinds: jax.Array) -> jax.Array:
 
 @_agreed.def_vmap
 def _agreed_by_all(size: int, batched: list[bool], kinds: jax.Array) -> tuple[jax.Array, bool]:
-    return _agreed(jnp.where((kinds == kinds[:1]).all(0), kinds[0], jnp.int32(PARTIAL))), False
+    return _agreed(jnp.where((kinds == kinds[:1]).all(0), kinds.max(0, initial=EMPTY), PARTIAL)), False
 
 
 def _with_keys_axis(states: Any, S_axis: int) -> Any:
@@ -417,7 +417,10 @@ def _with_keys_axis(states: Any, S_axis: int) -> Any:
 
 
 def _varying(states: Any, problem: Problem) -> Any:
-    """Under `shard_map`: says that states differ between devices wherever the problem does, as a loop wants to know."""
+    """Under `shard_map`: says that these differ between devices wherever the problem does, as a loop wants to know.
+
+    Operands before all loops: their gradients are summed over devices, and not all devices take the same branches.
+    """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return states
     never = functools.reduce(jnp.logical_or, [(leaf != leaf).any() & False for leaf in jax.tree.leaves(problem)])

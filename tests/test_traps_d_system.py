@@ -428,6 +428,30 @@ def test_d11_shard_map(implementation):
     np.testing.assert_allclose(mapped(*x), jax.jit(f)(*x), **TOL)
 
 
+def test_d11_gradients_under_shard_map_are_summed_outside_of_all_branches():
+    """Not every device takes every branch: a sum over devices within one would wait for ever."""
+    devices, S = 8, 24
+    k, v = jax.random.normal(jax.random.key(0), (2, S, 1, 3))
+    q, scale = jax.random.normal(jax.random.key(1), (devices * S, 1, 3)), jnp.float32(0.7)
+    kv_ids = jnp.arange(S, dtype=jnp.int32) // 3
+    q_ids = jnp.concatenate([jnp.minimum(kv_ids, device) for device in range(devices)])
+
+    def attend(q, k, v, scale, q_ids, implementation=SMALL):
+        mask = masks.Segments(q_ids, kv_ids)
+        return jattn.attention(q, k, v, scale=scale, mask=mask, implementation=implementation)
+
+    def loss(f, *x):
+        return (f(*x, q_ids) ** 2).sum()
+
+    mapped = jax.shard_map(attend, mesh=mesh(), in_specs=(P("x"), P(), P(), P(), P("x")), out_specs=P("x"))
+    plain = functools.partial(attend, implementation="dense")
+    compiled = jax.jit(jax.grad(functools.partial(loss, mapped), (0, 1, 2, 3))).lower(q, k, v, scale).compile()
+    within, entry = compiled.as_text().split("\nENTRY ")
+    assert "all-reduce(" in entry and "all-reduce(" not in within
+    want = jax.jit(jax.grad(functools.partial(loss, plain), (0, 1, 2, 3)))(q, k, v, scale)
+    chex.assert_trees_all_close(compiled(q, k, v, scale), want, rtol=1e-4, atol=1e-4)
+
+
 @both
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3), (2, 1, 3), (1, 1, 2, 3)], ids=str)
 def test_d12_any_number_of_leading_dims(implementation, batch):
