@@ -82,7 +82,9 @@ def _tour(given: Input, options: argparse.Namespace, start: float) -> int:
     first = x if x.ndim == 2 else x[0]
     q, k = _projections(params, first)
     weights = _weights(q, k, mask)
-    y = _attend(params, x, mask)
+    _title("Attention", "y = weights v", "Every row becomes the sum of the values, weighted by its attention.")
+    y = jax.jit(functools.partial(jattn.attend, mask=mask))(params, x)
+    _shape("y", "[T, N*V]" if x.ndim == 2 else "[B, T, N*V]", y, "attend(params, x), all of it in one call")
     _title("Context vector", "Σ_t y_t", "The whole of x in one vector: the sum of the attended rows.")
     _shape("context", "[N*V]", jattn.context_vector(params, first, mask=mask), "")
     _picture(weights, given.labels, options)
@@ -319,13 +321,6 @@ def _weights(q: jax.Array, k: jax.Array, mask: Any) -> np.ndarray:
     weights = np.asarray(jattn.attention_weights(q, k, rows=rows, mask=mask))
     _shape("weights", "[N, T, S]", weights, "" if T <= MAX_WORDS else f"(the first {SHOWN} rows)")
     return weights
-
-
-def _attend(params: jattn.Params, x: jax.Array, mask: Any) -> jax.Array:
-    _title("Attention", "y = weights v", "Every row becomes the sum of the values, weighted by its attention.")
-    y = jax.jit(functools.partial(jattn.attend, mask=mask))(params, x)
-    _shape("y", "[T, N*V]" if x.ndim == 2 else "[B, T, N*V]", y, "attend(params, x), all of it in one call")
-    return y
 
 
 def _picture(weights: np.ndarray, labels: list[str], options: argparse.Namespace) -> None:

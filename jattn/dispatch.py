@@ -275,10 +275,9 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 
     jax.eval_shape(look, *arrays)
     sizes, chosen, blocks, kinds = found[0]
-    counts: Any = None
-    if kinds is not None:
-        counts = [np.sum(kinds == kind) for kind in (sweep.EMPTY, sweep.PARTIAL, sweep.FULL)]
-    elif not any(isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer) for array in arrays[3:]):
+    every = sweep.EMPTY, sweep.PARTIAL, sweep.FULL
+    counts: Any = None if kinds is None else [np.sum(kinds == kind) for kind in every]
+    if counts is None and not any(isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer) for array in arrays[3:]):
         counts = jax.jit(lambda *given: look(*map(jnp.zeros_like, arrays[:3]), *given))(*arrays[3:])
     empty, partial, full = 3 * [None] if counts is None else (np.array(counts) / max(np.sum(counts), 1)).tolist()
     memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()

@@ -605,6 +605,24 @@ def test_what_is_full_asks_no_mask():
     assert len(asked) == 4  # the blocks on the diagonal, and not the 6 below it
 
 
+@implementations
+@pytest.mark.parametrize("argument", [jax.random.key(3), jnp.zeros((0, 2, 2))], ids=["key", "empty"])
+def test_the_arguments_of_a_function_may_be_anything(argument, implementation):
+    mask = masks.Function(lambda i, j, _: (i + j) % 3 > 0, argument)
+    q = jax.random.normal(jax.random.key(0), (12, 1, 3))
+    wanted = jattn.attention(q, q, q, mask=np.add.outer(np.arange(12), np.arange(12)) % 3 > 0, implementation="dense")
+    got = jattn.attention(q, q, q, mask=mask, implementation=implementation)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    assert set(mask.picture(100, 100)) == {"▒", "\n"}
+
+
+@implementations
+def test_vmap_over_no_examples(implementation):
+    x, ids = jnp.zeros((0, 12, 1, 3)), jnp.zeros((0, 12), jnp.int32)
+    attend = lambda x, ids: jattn.attention(x, x, x, mask=Segments(ids), implementation=implementation)  # noqa: E731
+    assert jax.vmap(attend)(x, ids).shape == x.shape
+
+
 def test_masks_are_not_joined_by_words():
     with pytest.raises(TypeError, match="join masks by"):
         Causal() and Window(3, 0)
