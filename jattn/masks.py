@@ -11,10 +11,10 @@ whether a whole block is empty, full or partial, without looking inside.
                                                                   ████
 
 Arrays that masks carry have the batch dims in front, aligned right; with one more leading dim than the batch has, that
-dim is the heads. Every array is dynamic: new arrays do not recompile. Every int is static: blocks are decided while
-tracing. Blocks that arrays decide are skipped while running, where examples and heads are gone through one by one: on a
-CPU. Under `vmap` over such an array a block is skipped if it is empty for all examples (with the batch as leading dims,
-for each). Several devices would have to agree on them, so there they are masked instead.
+dim is the heads. Every array is dynamic: new arrays do not recompile; integers must fit in int32, as which they are
+taken. Every int is static: blocks are decided while tracing. Blocks that arrays decide are skipped while running, where
+examples and heads are gone through one by one: on a CPU. Under `vmap` over such an array a block is skipped if it is
+empty for all examples (as leading dims, for each). Where several devices would have to agree, they are masked instead.
 """
 
 import functools

@@ -234,7 +234,7 @@ def _outside_rows(axis: int) -> int:
 
 def _cut_rows(axis: int, block: int, leaf: jax.Array, role: "Role") -> "Cut | None":
     """Cuts rows into blocks; None if the leaf has none."""
-    if role.rows and role.keys and not role.moving and leaf.size != 0:
+    if role.rows and role.keys and not role.moving and isinstance(leaf.shape[axis], int) and leaf.size != 0:
         # It stays where it is, because cutting it might copy something T x S.
         starts = jnp.arange(-(-leaf.shape[axis] // block), dtype=jnp.int32) * block
         return Cut(starts, lambda start: _rows_at(leaf, axis, start, block))

@@ -71,6 +71,23 @@ def test_export_with_symbolic_lengths_and_no_arrays(mask):
     close(jax.export.export(jax.jit(f))(*specs).call(*args), f(*args, implementation="dense"))
 
 
+@some_implementations
+def test_export_with_a_mask_and_a_bias_of_symbolic_lengths(implementation):
+    def f(q, k, v, keep, bias, implementation=implementation):
+        return jattn.attention(q, k, v, mask=keep, scores=(scores.Bias(bias),), implementation=implementation)
+
+    t, s = jax.export.symbolic_shape("t, s")
+    x = draw()
+    specs = [jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype) for n, a in zip((t, s, s), x, strict=True)]
+    pairs = [jax.ShapeDtypeStruct((t, s), dtype) for dtype in (jnp.bool_, jnp.float32)]
+    exported = jax.export.export(jax.jit(f))(*specs, *pairs)
+    rng = np.random.default_rng(0)
+    for T, S in ((1, 2), (5, 9), (14, 14)):
+        q, k, v = draw(T=T, S=S)
+        args = (q, k, v, rng.random((T, S)) < 0.6, rng.normal(size=(T, S)).astype(np.float32))
+        close(exported.call(*args), f(*args, implementation="dense"))
+
+
 @pytest.mark.parametrize("implementation", ["blockwise", SMALL], ids=str)
 def test_export_with_a_symbolic_vmapped_batch_and_symbolic_widths(implementation):
     def f(q, k, v, implementation=implementation):
