@@ -265,18 +265,18 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 
     found: list[Any] = []
 
-    def look(*arrays: Any) -> list[jax.Array]:
+    def look(*arrays: Any) -> list[jax.Array] | None:
         query, key, value, options = rebuild(arrays)
         problem = lay_out(query, key, value, **options)
         chosen = _choose(problem, implementation)
         blocks = tuple(max(size, 1) for size in problem.sizes) if chosen is None else chosen
-        found.append((problem.sizes, chosen, blocks, sweep.static_kinds(problem, blocks)))
-        return sweep.count_visits(problem, blocks)
+        kinds = sweep.static_kinds(problem, blocks)
+        found.append((problem.sizes, chosen, blocks, kinds))
+        return sweep.count_visits(problem, blocks) if kinds is None else None
 
     jax.eval_shape(look, *arrays)
     sizes, chosen, blocks, kinds = found[0]
-    every = sweep.EMPTY, sweep.PARTIAL, sweep.FULL
-    counts: Any = None if kinds is None else [np.sum(kinds == kind) for kind in every]
+    counts: Any = None if kinds is None else [np.sum(kinds == k) for k in (sweep.EMPTY, sweep.PARTIAL, sweep.FULL)]
     if counts is None and not any(isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer) for array in arrays[3:]):
         counts = jax.jit(lambda *given: look(*map(jnp.zeros_like, arrays[:3]), *given))(*arrays[3:])
     empty, partial, full = 3 * [None] if counts is None else (np.array(counts) / max(np.sum(counts), 1)).tolist()

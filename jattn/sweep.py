@@ -210,12 +210,13 @@ def _rows(run: Callable, blocks: tuple[int, ...], visits: "Visits", operands: An
     if isinstance(size, int) and size == block:
         keys, order, kinds = jax.tree.map(lambda of_rows: of_rows[0], (keys, visits.order, visits.kinds))
         return run_row(operands, keys, Row(order, kinds, None))
+    outside = _outside_rows(axis)
 
     def rows(x: Any) -> Any:
         start, piece, keys, order, kinds = x
         live = size - start if _is_ragged(size, block) else None
         results = run_row(together(piece), keys, Row(order, kinds, live))
-        return jax.tree.map(lambda result: move(result, axis, _outside_rows(axis)), results)
+        return jax.tree.map(lambda result: move(result, axis, outside), results)
 
     starts = jnp.arange(-(-size // block), dtype=jnp.int32) * block
     pieces, together = _split(operands, functools.partial(_cut_rows, axis, block), roles)
@@ -223,7 +224,6 @@ def _rows(run: Callable, blocks: tuple[int, ...], visits: "Visits", operands: An
     # Rows of something T x S are sliced, and slices at different places would be gathered.
     several = 1 if any(role.rows and role.keys for role in roles) else rows_at_once(visits, blocks)
     results = lax.map(_forget(rows), xs, batch_size=several if several > 1 else None)
-    outside = _outside_rows(axis)
     return jax.tree.map(lambda result: move(_join(result, outside, size), outside, axis), results)
 
 
@@ -416,15 +416,15 @@ def _with_keys_axis(states: Any, S_axis: int) -> Any:
     return jax.tree.map(lambda state: jnp.expand_dims(state, S_axis), states)
 
 
-def _varying(states: Any, problem: Problem) -> Any:
+def _varying(values: Any, problem: Problem) -> Any:
     """Under `shard_map`: says that these differ between devices wherever the problem does, as a loop wants to know.
 
     Operands before all loops: their gradients are summed over devices, and not all devices take the same branches.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
-        return states
+        return values
     never = functools.reduce(jnp.logical_or, [(leaf != leaf).any() & False for leaf in jax.tree.leaves(problem)])
-    return jax.tree.map(lambda state: jnp.where(never, jnp.zeros_like(state), state), states)
+    return jax.tree.map(lambda value: jnp.where(never, jnp.zeros_like(value), value), values)
 
 
 class Row(NamedTuple):
