@@ -3,6 +3,8 @@
 Nothing of jattn is imported.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,14 +47,53 @@ def derivatives(f, *points, seed=1):
 
     @jax.jit
     def run(x, dx):
-        value, tangent = jax.jvp(f, (x,), (dx,))
-        gradient, hvp = jax.jvp(jax.grad(f), (x,), (dx,))
+        (value, gradient), (tangent, hvp) = jax.jvp(jax.value_and_grad(f), (x,), (dx,))
         return {"value": value, "tangent": tangent, "gradient": gradient, "hvp": hvp}
 
     rng = np.random.default_rng(seed)
     dx = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), points[0])
     results = [run(x, dx) for x in points]
     return results if len(points) > 1 else results[0]
+
+
+def assert_differentiable(f, args, *, tol, eps=1e-4):
+    """The derivatives of f(*args), and theirs in turn, forwards and backwards, are differences along one direction.
+
+    It is what jax.test_util.check_grads(order=2) asks, with a program for each order where that compiles dozens.
+    """
+
+    def pulled(*args):
+        out, pull = jax.vjp(f, *args)
+        return pull(out)
+
+    _assert_differentiable(f, args, tol, eps)
+    _assert_differentiable(lambda *both: jax.jvp(f, *both), (args, args), tol, eps)
+    _assert_differentiable(pulled, args, tol, eps)
+
+
+def _assert_differentiable(f, args, tol, eps):
+    @jax.jit
+    def run(args, tangent, cotangent):
+        out, along = jax.jvp(f, args, tangent)
+        again, pull = jax.vjp(f, *args)
+        return out, again, along, pull(cotangent)
+
+    def inner(x, y):
+        return sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+
+    rng = np.random.default_rng(0)
+    tangent, cotangent = (
+        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), tree)
+        for tree in (args, jax.eval_shape(f, *args))
+    )
+    out, again, along, pulled = run(args, tangent, cotangent)
+    after = run(jax.tree.map(lambda x, d: x + eps * d, args, tangent), tangent, cotangent)[0]
+    before = run(jax.tree.map(lambda x, d: x - eps * d, args, tangent), tangent, cotangent)[0]
+    difference = jax.tree.map(lambda a, b: (a - b) / (2 * eps), after, before)
+    close = functools.partial(np.testing.assert_allclose, rtol=tol, atol=tol)
+    jax.tree.map(close, again, out)
+    jax.tree.map(close, along, difference)
+    close(inner(tangent, pulled), inner(difference, cotangent))
 
 
 def assert_close(actual, expected, tol=1e-10):

@@ -6,9 +6,8 @@ import random
 import jax
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
-from tests import cases, modes, problems, reference
+from tests import cases, modes, plain, problems, reference
 from tests.modes import FAMILIES, MODES
 from tests.problems import AXES
 
@@ -23,13 +22,13 @@ def judge(mode: str, p: problems.Problem):
     exact = problems.run(MODES[mode], wide.naive, wide)
     if p.case.dtype == "float64":
         return problems.assert_close(actual, exact, tol=1e-12)
-    plain = problems.run(MODES[mode], p.naive, p)
-    again = plain
+    rounded = problems.run(MODES[mode], p.naive, p)
+    again = rounded
     if any(np.ndim(e) == 0 for e in jax.tree.leaves(exact)):
         again = problems.run(MODES[mode], p.naive, p, **OTHERWISE)
 
     def compare(actual):
-        for leaves in zip(*map(jax.tree.leaves, (actual, exact, plain, again)), strict=True):
+        for leaves in zip(*map(jax.tree.leaves, (actual, exact, rounded, again)), strict=True):
             # Two layers and two derivatives magnify rounding, in plain code as in ours: either may be off by chance.
             reference.assert_within_budget(*leaves, slack=8 if mode in FAMILIES["further"] else 4)
 
@@ -121,9 +120,8 @@ def test_what_takes_no_part_may_be_anything_in_a_scan(implementation):
 def judge_by_finite_differences(mask, score):
     p = problems.problem(mask, score, "gqa", "float64", "wide")
     with jax.enable_x64(True):
-        f = jax.jit(modes.features(p.attention))
         # A step of 1e-4, the default, errs by 1.1e-5 itself.
-        check_grads(f, p.args, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5, eps=1e-5)
+        plain.assert_differentiable(modes.features(p.attention), p.args, tol=1e-5, eps=1e-5)
 
 
 def test_finite_differences_to_second_order():
