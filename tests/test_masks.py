@@ -236,12 +236,11 @@ implementations = pytest.mark.parametrize("implementation", ["dense", SMALL], id
 
 
 @implementations
-@pytest.mark.parametrize("name", catalogue())
-def test_attention_sees_what_is_drawn(name, implementation):
-    mask, allowed = catalogue()[name]
-    np.testing.assert_array_equal(seen(mask, implementation), allowed)
-    mask, allowed = catalogue(T, T, 5)[name]
-    np.testing.assert_array_equal(seen(mask, implementation, q_offset=5), allowed)
+@pytest.mark.parametrize("widest", [2**31 - 1, np.int32(2**31 - 1)], ids=["int", "array"])
+def test_the_widest_window_overflows_no_position(widest, implementation):
+    for mask in (Window(widest, None), Window(None, widest), Window(widest, widest)):
+        np.testing.assert_array_equal(mask.to_array(3, 4, q_offset=5), True)
+        np.testing.assert_array_equal(seen(mask, implementation, q_offset=5), True)
 
 
 def check_pair(a, b):

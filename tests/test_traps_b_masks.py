@@ -13,7 +13,7 @@ import jattn
 from jattn import masks, scores
 from tests import plain, reference
 from tests.pictures import catalogue, draw, striped
-from tests.plain import loss, qkv, quick
+from tests.plain import loss, once, qkv, quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -318,9 +318,11 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 @both
-@pytest.mark.parametrize("strict", [False, True], ids=["", "debug"])
-def test_b12_infinite_and_lowest_bias(implementation, strict):
-    """-inf, and finfo.min twice (which overflows), are as good as a mask; finfo.min is a number like others."""
+def test_b12_infinite_and_lowest_bias(implementation):
+    """-inf, and finfo.min twice (which overflows), are as good as a mask; finfo.min is a number like others.
+
+    None of it makes a NaN or an infinity that debug_nans and debug_infs would find.
+    """
     q, k, v = qkv()
     some = np.random.default_rng(3).random((6, 7, 11)) < 0.5
     some[2, 3], some[:, :, 4] = False, False
@@ -331,7 +333,8 @@ def test_b12_infinite_and_lowest_bias(implementation, strict):
     }
     live = some.any(-1).T
 
-    with jax.debug_nans(strict), jax.debug_infs(strict):
+    exact = once(lambda: quick(jax.grad(lambda *x: loss(plain.attend(*x, some)[0][live]), (0, 1, 2)), q, k, v), "b12")
+    with jax.debug_nans(True), jax.debug_infs(True):
         for given in forms.values():
 
             def f(q, k, v, given=given):
@@ -340,7 +343,6 @@ def test_b12_infinite_and_lowest_bias(implementation, strict):
 
             (_, out), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
             np.testing.assert_allclose(out, reference.attention(q, k, v, keep=some)[0], **TOL)
-            exact = jax.jit(jax.grad(lambda *x: loss(plain.attend(*x, some)[0][live]), (0, 1, 2)))(q, k, v)
             chex.assert_trees_all_close(gradients, exact, **TOL)
 
         lowest = quick(
@@ -539,23 +541,6 @@ def test_b19_mask_as_an_argument_of_jit_and_inside_loops(implementation):
         lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1], f(c[1])), (0, mask, jnp.zeros((11, 6, 3)))
     )
     np.testing.assert_allclose(looped, exact, **TOL)
-
-
-def test_b19_new_arrays_in_an_equal_mask_do_not_retrace():
-    x = qkv(T=11)
-
-    traces = []
-
-    @jax.jit
-    def f(mask):
-        traces.append(1)
-        return jattn.attention(*x, mask=mask, implementation=SMALL)
-
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        ids, length = rng.integers(-1, 3, 11).astype(np.int32), rng.integers(0, 11, dtype=np.int32)
-        f(masks.Causal() & masks.Segments(jnp.asarray(ids)) | masks.Prefix(jnp.asarray(length)))
-    assert len(traces) == 1
 
 
 @both

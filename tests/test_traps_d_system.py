@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
@@ -16,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import masks, scores
-from tests import plain, reference
+from tests import cases, plain, reference
 from tests.pictures import catalogue, draw
-from tests.plain import assert_close, loss, qkv, quick
+from tests.plain import assert_close, loss, once, qkv, quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -61,21 +62,111 @@ def arguments(seed):
     )
 
 
+def floats(rng, *shape):
+    return (rng.normal(size=shape).astype(np.float32),)
+
+
+def ints(rng, low, high, *shape):
+    return (rng.integers(low, high, shape, dtype=np.int32),)
+
+
+def booleans(rng, *shape):
+    return (rng.random(shape) < 0.7,)
+
+
+KV_IDS = np.arange(S, dtype=np.int32) % 3
+# Whatever can be an array, alone: a draw of it, and the arguments of attention that it makes.
+ALONE = {
+    "query": (lambda rng: floats(rng, T, N, 5), lambda x: dict(query=x)),
+    "key": (lambda rng: floats(rng, S, 2, 5), lambda x: dict(key=x)),
+    "value": (lambda rng: floats(rng, S, 2, 3), lambda x: dict(value=x)),
+    "scale": (lambda rng: floats(rng), lambda x: dict(scale=x)),
+    "segments": (
+        lambda rng: (*ints(rng, 0, 3, T), *ints(rng, -1, 3, S)),
+        lambda q, kv: dict(mask=masks.Segments(q, kv)),
+    ),
+    "segments_q": (lambda rng: ints(rng, 0, 3, N, T), lambda q: dict(mask=masks.Segments(q, KV_IDS))),
+    "dense": (lambda rng: booleans(rng, N, T, S), lambda x: dict(mask=x)),
+    "dense_of_rows": (lambda rng: booleans(rng, N, T, 1), lambda x: dict(mask=masks.Dense(x))),
+    "dense_of_keys": (lambda rng: booleans(rng, 1, S), lambda x: dict(mask=masks.Dense(x))),
+    "lengths": (
+        lambda rng: (*ints(rng, 2, T), *ints(rng, 2, S)),
+        lambda q, kv: dict(mask=masks.Lengths(q, kv), q_offset=0),
+    ),
+    "prefix": (lambda rng: ints(rng, 0, 6, N), lambda x: dict(mask=masks.Prefix(x) | masks.Causal())),
+    "prompt": (lambda rng: ints(rng, 2, S), lambda x: dict(mask=masks.Prefix(x))),
+    "window": (lambda rng: ints(rng, 0, 6), lambda left: dict(mask=masks.Window(left, 1))),
+    "function_mask": (lambda rng: ints(rng, 2, 6), lambda n: dict(mask=masks.Function(cases.strided, n))),
+    "bias": (lambda rng: floats(rng, N, T, S), lambda x: dict(scores=(scores.Bias(x),))),
+    "bias_of_keys": (lambda rng: floats(rng, 1, S), lambda x: dict(scores=(scores.Bias(x),))),
+    "cap": (lambda rng: (np.abs(*floats(rng)) + np.float32(1),), lambda x: dict(scores=(scores.SoftCap(x),))),
+    "cap_per_head": (
+        lambda rng: (np.abs(*floats(rng, N)) + np.float32(1),),
+        lambda x: dict(scores=(scores.SoftCap(x),)),
+    ),
+    "slopes": (lambda rng: floats(rng, N), lambda x: dict(scores=(scores.ALiBi(x),))),
+    "table": (
+        lambda rng: floats(rng, 8, N),
+        lambda x: dict(scores=(scores.RelativePosition(x, max_distance=11),)),
+    ),
+    "function": (
+        lambda rng: (*floats(rng), *floats(rng)),
+        lambda a, b: dict(scores=(scores.Function(cases.wave, {"height": a, "frequency": b}),)),
+    ),
+    "sink": (lambda rng: floats(rng, N), lambda x: dict(scores=(scores.Sink(x),))),
+    "offset": (lambda rng: ints(rng, 0, 6), lambda n: dict(mask=masks.Causal(), q_offset=n)),
+    "positions": (
+        lambda rng: (*ints(rng, 0, 20, T), *ints(rng, 0, 20, S)),
+        lambda q, kv: dict(mask=masks.Window(3, 3), q_positions=q, kv_positions=kv),
+    ),
+}
+
+
+def out_lse_and_gradient(name, implementation, *arrays):
+    """The gradient is the query's."""
+    chosen = dict(zip(("query", "key", "value"), qkv(), strict=True)) | dict(q_offset=2) | ALONE[name][1](*arrays)
+    if "q_positions" in chosen:
+        del chosen["q_offset"]
+    query = chosen.pop("query")
+
+    def f(query):
+        out, lse = jattn.attention_with_lse(query, **chosen, implementation=implementation)
+        return loss(out, lse), (out, lse)
+
+    gradient, (out, lse) = jax.grad(f, has_aux=True)(query)
+    return out, lse, gradient
+
+
+@functools.cache
+def each_alone(name):
+    """Every combination of two draws for each axis along which they will lie, and what each gives by itself."""
+    rng = np.random.default_rng(0)
+    levels = 1 + max(array.ndim for array in ALONE[name][0](rng))
+    draws = {which: ALONE[name][0](rng) for which in np.ndindex(*levels * (2,))}
+    dense = jax.jit(functools.partial(out_lse_and_gradient, name, "dense"))
+    results = [dense(*arrays) for arrays in draws.values()]
+    return levels, draws, jax.tree.map(lambda *x: np.stack(x).reshape((*levels * (2,), *x[0].shape)), *results)
+
+
 @both
-@pytest.mark.parametrize("name", arguments(0))
+@pytest.mark.parametrize("name", ALONE)
 def test_d1_vmap_over_each_argument_alone(implementation, name):
-    """In front, behind and one in; None for all the others."""
-    f = functools.partial(everything, implementation)
-    given, several = arguments(0), [arguments(seed)[name] for seed in range(B)]
-    one_by_one = jax.jit(lambda x: f(**{**given, name: x}))
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), *map(one_by_one, several))
-    for axis in {0, -1} | ({1} if several[0].ndim else set()):
+    """Along every axis from the first to the last, -1, one vmap within another; None for all the others."""
+    levels, draws, wanted = each_alone(name)
+    ndims = [array.ndim for array in draws[levels * (0,)]]
+    in_axes = [tuple(min(level, ndim) if level + 1 < levels else -1 for ndim in ndims) for level in range(levels)]
 
-        @jax.jit
-        def run(stacked, axis=axis):
-            return jax.vmap(lambda x: f(**{**given, name: x}), in_axes=axis)(stacked)
+    def lay(index, which):
+        level = len(which)
+        if level == levels:
+            return draws[which][index]
+        return np.stack([lay(index, (*which, i)) for i in range(2)], in_axes[level][index])
 
-        chex.assert_trees_all_close(run(jnp.stack(several, axis)), wanted, rtol=1e-5, atol=1e-5)
+    f = functools.partial(out_lse_and_gradient, name, implementation)
+    for axes in reversed(in_axes):
+        f = jax.vmap(f, axes)
+    got = quick(f, *(lay(index, ()) for index in range(len(ndims))))
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @both
@@ -83,7 +174,8 @@ def test_d1_vmap_over_all_arguments_and_batch_dims_agree(implementation):
     f = functools.partial(everything, implementation)
     several = [arguments(seed) for seed in range(B)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
-    wanted = jax.tree.map(lambda *x: jnp.stack(x), *[jax.jit(f)(**given) for given in several])
+    dense = jax.jit(functools.partial(everything, "dense"))
+    wanted = jax.tree.map(lambda *x: jnp.stack(x), *[dense(**given) for given in several])
     chex.assert_trees_all_close(jax.jit(jax.vmap(lambda given: f(**given)))(stacked), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -102,8 +194,7 @@ TRANSFORMS = {
 @both
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_d2_nested_transforms(implementation, name, x64):
-    q, k, v = qkv(T=2, S=3, N=2, K=1, H=3, V=2)
-    x, unravel = ravel_pytree((q, k, v))
+    x, unravel = ravel_pytree(qkv(T=2, S=3, N=2, K=1, H=3, V=2))
     xs = jnp.stack([x, jnp.sin(3 * x)])
 
     def ours(x):
@@ -115,7 +206,7 @@ def test_d2_nested_transforms(implementation, name, x64):
         return loss(*plain.attend(*unravel(x), draw(2, 3, lambda i, j: j <= i + 1)))
 
     transform = TRANSFORMS[name]
-    assert_close(jax.jit(transform(ours))(xs), jax.jit(transform(wanted))(xs))
+    assert_close(quick(transform(ours), xs), once(lambda: quick(transform(wanted), xs), "d2", name))
 
 
 @both
@@ -139,42 +230,52 @@ def test_d3_vmap_of_vjp_with_a_broadcast_mask_and_bias(implementation, through):
 
         return jax.vmap(one)(q, k, v)
 
+    @jax.jit
     def wanted(q, k, v):
         out, vjp = jax.vjp(lambda q, k, v, b: plain.attend(q, k, v, mask, lambda s: s + b)[0], q, k, v, bias)
         return vjp(jnp.cos(out))
 
     for i in range(2):
         got = jax.tree.map(lambda x, i=i: x[i], pull(q, k, v))
-        chex.assert_trees_all_close(got, wanted(q[i], k[i], v[i]), rtol=1e-4, atol=1e-4)
+        exact = once(lambda i=i: wanted(q[i], k[i], v[i]), "d3", i)
+        chex.assert_trees_all_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
+policies = jax.checkpoint_policies
 POLICIES = {
-    name: getattr(jax.checkpoint_policies, name)
-    for name in (
-        "everything_saveable",
-        "nothing_saveable",
-        "dots_saveable",
-        "dots_with_no_batch_dims_saveable",
-    )
-} | {
-    "save_any_names_but_these": jax.checkpoint_policies.save_any_names_but_these("nothing"),
-    "save_only_these_names": jax.checkpoint_policies.save_only_these_names("nothing"),
+    "default": None,
+    "everything": policies.everything_saveable,
+    "nothing": policies.nothing_saveable,
+    "dots": policies.dots_saveable,
+    "dots_without_batch": policies.dots_with_no_batch_dims_saveable,
+    "any_names_but_these": policies.save_any_names_but_these("nothing"),
+    "only_these_names": policies.save_only_these_names("out"),
+    "none_of_these_names": policies.save_only_these_names("nothing"),
+    "anything_except_these_names": policies.save_anything_except_these_names("out"),
+    "offload": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["out"],
+        names_which_can_be_offloaded=[],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+
+
+def remembered(q, k, v, implementation):
+    """A loss with dropout, whose output has a name."""
+    mask = masks.Prefix(9) & masks.Segments(np.arange(T, dtype=np.int32) // 4, np.arange(S, dtype=np.int32) // 4)
+    options = dict(mask=mask, dropout=jattn.Dropout(0.2, jax.random.key(3)), implementation=implementation)
+    out, lse = jattn.attention_with_lse(q, k, v, **options)
+    return loss(checkpoint_name(out, "out"), lse)
 
 
 @both
 @pytest.mark.parametrize("policy", POLICIES)
 def test_d4_gradient_of_a_checkpoint_under_every_policy(implementation, policy):
-    def f(q, k, v):
-        dropout = jattn.Dropout(0.2, jax.random.key(3))
-        out, lse = jattn.attention_with_lse(
-            q, k, v, mask=masks.Prefix(9), dropout=dropout, implementation=implementation
-        )
-        return loss(out, lse)
-
-    remat = jax.checkpoint(f, policy=POLICIES[policy])
-    got = jax.jit(jax.grad(remat, (0, 1, 2)))(*qkv())
-    chex.assert_trees_all_close(got, jax.jit(jax.grad(f, (0, 1, 2)))(*qkv()), rtol=1e-5, atol=1e-5)
+    f, dense = (functools.partial(remembered, implementation=chosen) for chosen in (implementation, "dense"))
+    got = quick(jax.grad(jax.checkpoint(f, policy=POLICIES[policy]), (0, 1, 2)), *qkv())
+    straight = once(lambda: quick(jax.grad(dense, (0, 1, 2)), *qkv()), "d4")
+    chex.assert_trees_all_close(got, straight, rtol=1e-5, atol=1e-5)
 
 
 def shapes_within(jaxpr):
@@ -278,7 +379,7 @@ def test_d6_dropout_gradient_uses_the_mask_of_the_forward(implementation, x64):
 def test_d6_dropout_is_the_same_at_every_block_size(blocks):
     x = qkv(batch=(2,))
     got = quick(dropped, *x, implementation=jattn.Blockwise(*blocks))
-    np.testing.assert_allclose(got, quick(dropped, *x), **TOL)
+    np.testing.assert_allclose(got, once(lambda: quick(dropped, *x), "d6 blocks"), **TOL)
 
 
 @both
@@ -287,7 +388,7 @@ def test_d6_dropout_is_the_same_under_remat_and_vmap(implementation):
     x = qkv(batch=(2,))
     f = functools.partial(dropped, implementation=implementation)
     again = jax.jit(jax.grad(jax.checkpoint(lambda *x: loss(f(*x))), (0, 1, 2)))(*x)
-    straight = jax.jit(jax.grad(lambda *x: loss(dropped(*x)), (0, 1, 2)))(*x)
+    straight = once(lambda: quick(jax.grad(lambda *x: loss(dropped(*x)), (0, 1, 2)), *x), "d6")
     chex.assert_trees_all_close(again, straight, rtol=1e-4, atol=1e-4)
     mapped = quick(jax.vmap(f), *x)
     for i in range(2):
@@ -490,9 +591,14 @@ def test_d13_the_x64_flag_changes_no_dtype(implementation, x64):
             attend = functools.partial(
                 jattn.attention_with_lse, mask=mask, scores=given, implementation=implementation, **at
             )
-            return attend(*x), jax.grad(lambda *x: loss(*attend(*x)))(*x)
 
-        (out, lse), gradient = f(*x)
+            def total(*x):
+                result = attend(*x)
+                return loss(*result), result
+
+            return jax.grad(total, has_aux=True)(*x)
+
+        gradient, (out, lse) = f(*x)
         assert out.dtype == lse.dtype == gradient.dtype == jnp.float32
         keep = draw(T, S, lambda i, j: ids[i] == ids[j] >= 0 and j < 9 and j <= i + 4)
         distance = np.abs(np.arange(T)[:, None] + 4 - np.arange(S))

@@ -1,0 +1,194 @@
+"""The library with one fault at a time: `python -m tests.mutants [words]`. Each must fail the tests named beside it.
+
+Each fault is made in a copy of the repository. With words only those mutants run whose file or text has one of them.
+The exit status is 1 if a mutant survives, if its tests cannot run, or if its old text is not found exactly once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str  # found exactly once in the file
+    new: str
+    tests: tuple[str, ...]  # file or file::test, in tests/
+
+
+B, C, D = "test_traps_b_masks.py", "test_traps_c_numerics.py", "test_traps_d_system.py"
+MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
+
+MUTANTS = [
+    Mutant(
+        "jattn/masks.py",
+        "return allowed & (np.True_ if self.right is None else kv_pos <= _later(q_pos, self.right))",
+        "return allowed & (np.True_ if self.right is None else kv_pos < _later(q_pos, self.right))",
+        (f"{MASKS}::test_a_mask_is_as_drawn",),
+    ),
+    Mutant(
+        "jattn/masks.py",
+        "return xp.minimum(pos, _INT32.max - count) + count",
+        "return pos + count",
+        (f"{MASKS}::test_the_widest_window_overflows_no_position",),
+    ),
+    Mutant(
+        "jattn/masks.py",
+        "return (self.q == self.kv) & (self.q >= 0)",
+        "return self.q == self.kv",
+        (f"{B}::test_b16_padding_is_not_a_segment_and_zero_is",),
+    ),
+    Mutant(
+        "jattn/masks.py",
+        "for other in (_INT32.max, -1))",
+        "for other in (0, -1))",
+        (f"{MASKS}::test_no_more_blocks_are_gone_through_than_may_be_enough",),
+    ),
+    Mutant(
+        "jattn/masks.py",
+        "return lambda q_pos, kv_pos: (q == kv) & interval(self.q >= 0) & interval(self.kv >= 0)",
+        "return lambda q_pos, kv_pos: q == kv",
+        (f"{B}::test_b16_padding_is_not_a_segment_and_zero_is",),
+    ),
+    Mutant(
+        "jattn/masks.py",
+        "answers = keep.any((-3, -2))",
+        "answers = keep.all((-3, -2))",
+        (f"{C}::test_c4_a_key_that_one_head_of_the_group_sees_is_not_a_secret",),
+    ),
+    Mutant(
+        "jattn/masks.py",
+        "return jnp.where(asks[..., None], q, 0), answering(k), answering(v)",
+        "return jnp.where(asks[..., None], q, 0), answering(k), v",
+        (f"{C}::test_c4_nan_and_inf_where_nothing_looks_are_not_seen",),
+    ),
+    Mutant(
+        "jattn/values.py",
+        "return Interval(self.hi <= other.lo, self.lo <= other.hi)",
+        "return Interval(self.lo <= other.lo, self.lo <= other.hi)",
+        (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth",),
+    ),
+    Mutant(
+        "jattn/values.py",
+        "return Interval(self.hi < other.lo, self.lo < other.hi)",
+        "return Interval(self.hi <= other.lo, self.lo < other.hi)",
+        (
+            f"{MASKS}::test_blocks_of_scattered_positions_tell_the_truth",
+            f"{MASKS}::test_blocks_of_a_pair_tell_the_truth",
+        ),
+    ),
+    Mutant(
+        "jattn/values.py",
+        "return Interval(~self.hi, ~self.lo)",
+        "return Interval(~self.lo, ~self.hi)",
+        (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth",),
+    ),
+    Mutant(
+        "jattn/values.py",
+        "return (self <= other) & (self >= other)",
+        "return self <= other",
+        (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth", f"{MASKS}::test_explain_counts_the_blocks_of_every_example"),
+    ),
+    Mutant(
+        "jattn/scores.py",
+        "return cap * jnp.tanh(score / cap)",
+        "return jnp.tanh(score / cap)",
+        (f"{SCORES}::test_each_modifier_against_numpy",),
+    ),
+    Mutant(
+        "jattn/scores.py",
+        "return bits >= jnp.uint32(round(self.rate * 2**32))",
+        "return bits < jnp.uint32(round(self.rate * 2**32))",
+        ("test_dropout.py::test_share_of_what_is_dropped",),
+    ),
+    Mutant(
+        "jattn/scores.py",
+        "_threefry(self.key[0], self.key[1], q_pos.astype(jnp.uint32), kv_pos.astype(jnp.uint32))",
+        "_threefry(self.key[0], self.key[0], q_pos.astype(jnp.uint32), kv_pos.astype(jnp.uint32) * 0)",
+        (f"{D}::test_d7_heads_batches_queries_and_keys_drop_independently",),
+    ),
+    Mutant(
+        "jattn/softmax.py",
+        "weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m[None], 0)), 0)",
+        "weight = jnp.where(live, jnp.exp(stacked - m[None]), 0)",
+        (f"{MERGE}::test_nothing_sends_and_receives_no_nan", f"{C}::test_c5_merge_of_empty_parts_is_empty"),
+    ),
+    Mutant(
+        "jattn/softmax.py",
+        "held = jnp.where(live[..., None], jnp.stack(outs).astype(dtype), 0)",
+        "held = jnp.stack(outs).astype(dtype)",
+        (f"{MERGE}::test_nothing_is_neutral",),
+    ),
+    Mutant(
+        "jattn/softmax.py",
+        "m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))",
+        "m = lax.stop_gradient(jnp.min(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))",
+        (f"{MERGE}::test_size_of_the_lse_does_not_matter",),
+    ),
+    Mutant(
+        "jattn/params.py",
+        "return Params(**{name: array.T.reshape(by_head[name]) for name, array in arrays.items()})",
+        "return Params(**{name: array.reshape(by_head[name]) for name, array in arrays.items()})",
+        ("test_params.py::test_from_matrices_places_every_element",),
+    ),
+    Mutant(
+        "jattn/params.py",
+        "wk=glorot(key_k, C, K * H, (C, K, H))",
+        "wk=glorot(key_q, C, K * H, (C, K, H))",
+        ("test_params.py::test_the_key_decides_and_each_projection_draws_its_own",),
+    ),
+    Mutant(
+        "jattn/projection.py",
+        "y = jnp.einsum(equation, x, jnp.asarray(w), preferred_element_type=wide)",
+        "y = jnp.einsum(equation, x, jnp.asarray(w)).astype(wide)",
+        ("test_projection.py::test_results_have_the_dtype_of_the_rows",),
+    ),
+    Mutant(
+        "jattn/projection.py",
+        "if context.shape != (*x.shape[:-2], context.shape[-2], C):",
+        "if context.shape[-1] != C:",
+        ("test_errors.py::test_the_error_says_what_is_wrong",),
+    ),
+]
+
+
+def fate(mutant: Mutant, copy: Path) -> str:
+    """Makes the fault in the copy, runs its tests and mends it: "caught", or what went wrong."""
+    path = copy / mutant.file
+    true = path.read_text()
+    if true.count(mutant.old) != 1:
+        return f"NOT MADE: the old text is there {true.count(mutant.old)} times"
+    path.write_text(true.replace(mutant.old, mutant.new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/{test}" for test in mutant.tests]
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    path.write_text(true)
+    if result.returncode == 1:
+        return "caught"
+    return "SURVIVED" if result.returncode == 0 else f"NOT RUN: {(result.stdout + result.stderr)[-500:]}"
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutants that have one of the words, or all; returns the exit status."""
+    chosen = [m for m in MUTANTS if not words or any(word in m.file + m.old + m.new for word in words)]
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "build", ".*_cache"))
+        for mutant in chosen:
+            told = fate(mutant, copy)
+            failures += told != "caught"
+            print(f"{told:8}  {mutant.file}: {mutant.old}  ->  {mutant.new}", flush=True)
+    print(f"{len(chosen) - failures} of {len(chosen)} mutants caught")
+    return int(failures > 0 or not chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
