@@ -314,10 +314,10 @@ def shares(allowed):
 
 
 def test_explain_counts_the_blocks_of_every_example():
-    """Segments differ between examples, each of which is gone through by itself."""
-    ids = jnp.array([[0] * 12, [0] * 3 + [1] * 6 + [2] * 3, [0, 1, 2] + [3] * 9], jnp.int32)
+    """Segments differ between examples, each of which is gone through by itself; padding makes no block full."""
+    ids = jnp.array([[0] * 12, [0] * 3 + [1] * 6 + [-1] * 3, [0, 1, 2] + [3] * 8 + [-1]], jnp.int32)
     q, none = jnp.full((3, 12, 4, 2), np.nan), jax.ShapeDtypeStruct((3, 12, 1, 2), jnp.float32)
-    allowed = np.asarray(ids[:, :, None] == ids[:, None, :])
+    allowed = np.asarray((ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, None, :])
     told = jattn.explain(q, none, none, mask=Segments(ids), implementation=SMALL)
     np.testing.assert_allclose((told.empty, told.partial, told.full), shares(allowed), atol=1e-6)
     assert told.flops == pytest.approx(2 * 4 * 3 * 4 * 12 * 12 * (1 - told.empty))
