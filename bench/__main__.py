@@ -69,10 +69,10 @@ def _trials(args: argparse.Namespace) -> list[Trial] | None:
     return QUICK if args.quick else None
 
 
-def _of_other_machines() -> dict[str, report.Result]:
-    """The runs that are kept in folders of their own (by --out bench/NAME), by folder."""
-    kept = sorted(HERE.glob("*/results.json"))
-    return {f"bench/{path.parent.name}": report.from_json(path.read_text()) for path in kept}
+def recorded() -> dict[str, report.Result]:
+    """The runs that are kept, by folder: the last one in bench, others in folders of their own (--out bench/NAME)."""
+    kept = [*HERE.glob("results.json"), *sorted(HERE.glob("*/results.json"))]
+    return {str(path.parent.relative_to(HERE.parent)): report.from_json(path.read_text()) for path in kept}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         report.plots(result, out)
         print(f"written to {out}", file=sys.stderr)
     if args.update_readme:
-        README.write_text(report.with_tables(README.read_text(), {"bench": result} | _of_other_machines()))
+        README.write_text(report.with_tables(README.read_text(), recorded() | {"bench": result}))
     ours = [row for row in result.rows if row.contender.startswith(report.OURS)]
     return 1 if any(row.status in ("wrong", "failed") for row in ours) else 0
 

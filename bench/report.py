@@ -12,7 +12,10 @@ from bench.cases import LONG, SHOWN, STEP, TARGETS, Case, Target
 from bench.measure import Row, ratio
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+STATUS_BEGIN, STATUS_END = "<!-- status:begin -->", "<!-- status:end -->"
 OURS = "jattn"
+PEERS = ("torch", "jax.nn", "jax.nn cudnn")  # that the README shows
+KERNELS = ("torch", "jax.nn cudnn")  # of those the ones that bring fused kernels to a GPU
 HOW = """\
 Written by `python -m bench`. Everybody is checked against float64 NumPy first, then timed in turn in one process; a
 ratio is the median over the rounds of the ratio within a round. Arrays are on the device already and each call waits
@@ -197,8 +200,7 @@ def markdown(result: Result) -> str:
     rows = result.rows
     about = _table(["machine", ""], [[name, str(value)] for name, value in result.machine.items()])
     parts = ["# Benchmark", HOW, about]
-    on_cpu = str(result.machine.get("device", "cpu")).startswith("cpu")  # which is what the targets are for
-    if on_cpu and (reached := verdicts(rows)):
+    if _on_cpu(result) and (reached := verdicts(rows)):  # the targets are for a CPU
         parts += ["## To reach", _table(["figure", "to reach", "measured", ""], [list(verdict) for verdict in reached])]
     if lost := losses(rows):
         parts += ["## Where jattn loses", "\n".join(f"- {line}" for line in lost)]
@@ -214,21 +216,80 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme_table(result: Result, folder: str) -> str:
-    """The few lines that the README shows of the run in a folder."""
-    peers = [peer for peer in ("torch", "jax.nn", "jax.nn cudnn") if peer in _peers(result.rows)]
-    some = [row for row in result.rows if row.case in SHOWN and any(row.contender == name for name in (OURS, *peers))]
-    some = [row for row in some if any(other.trial == row.trial and other.contender != OURS for other in some)]
-    about = "{device}; {versions}; {date}.".format(**result.machine)
-    meaning = "After `·` stands jattn's time as a share of that peer's, bold where it loses."
-    return f"{case_table(some, peers)}\n\n{about} {meaning} All cases: [{folder}/RESULTS.md]({folder}/RESULTS.md)."
+def _kind(case: Case) -> str:
+    """The column that the README sums a case up in."""
+    return f"{'decoding' if case.decoding else case.work} {case.dtype}"
+
+
+def _ratios(result: Result, peers: tuple[str, ...], pick: Callable[[Case], bool]) -> list[float]:
+    """jattn's time over that of each of some peers, in each case that the README shows and `pick` picks."""
+    shown = [(case, by) for case, by in _by_case(result.rows) if case in SHOWN and pick(case) and OURS in by]
+    found = (ratio(by[OURS], by[peer]) for _, by in shown for peer in peers if peer in by)
+    return [r for r in found if r is not None]
+
+
+def _range(ratios: list[float], dash: str = "–") -> str:
+    least, most = (f"{pick(ratios):.2f}" for pick in (min, max))
+    return least if least == most else f"{least}{dash}{most}"
+
+
+def _device(result: Result) -> str:
+    name = str(result.machine["device"]).replace("(R)", "")
+    return name.replace("cpu", "CPU", 1) if _on_cpu(result) else name.split(",")[0]
+
+
+def _on_cpu(result: Result) -> bool:
+    return str(result.machine.get("device", "cpu")).startswith("cpu")
+
+
+def readme_table(results: dict[str, Result]) -> str:
+    """One table of ratios: for each run and peer the least and the greatest of the cases that the README shows."""
+    kinds = [f"{work} {dtype}" for work in ("forward", "grad", "decoding") for dtype in ("f32", "bf16")]
+    lines, about = [], []
+    for folder, result in results.items():
+        for peer in PEERS:
+            by_kind = [_ratios(result, (peer,), lambda case, kind=kind: _kind(case) == kind) for kind in kinds]
+            if any(by_kind):
+                cells = [("–" if not r else f"**{_range(r)}**" if max(r) > 1 else _range(r)) for r in by_kind]
+                lines.append([_device(result), peer, *cells])
+        load = str(result.machine.get("load before", ""))
+        busy = f" **This machine was busy: distrust its times** (load {load.split()[0]})." if "busy" in load else ""
+        about.append("- {device}; {versions}; {date}: ".format(**result.machine) + f"`{folder}/RESULTS.md`.{busy}")
+    meaning = (
+        "jattn's time over the peer's, least and greatest of the cases shown. Below 1 jattn is faster; **bold** is "
+        "where it is slower in at least one of them. The runs, each with a file of all cases and times:"
+    )
+    return "\n\n".join([_table(["machine", "peer", *kinds], lines), meaning, "\n".join(about)])
+
+
+def status_table(results: dict[str, Result]) -> str:
+    """Where jattn stands on each kind of device, in the figures of the runs."""
+
+    def long(case: Case) -> bool:
+        return not case.decoding and case.mask in ("full", "causal") and case.dtype == "bf16"
+
+    cpus = [result for result in results.values() if _on_cpu(result)]
+    gpus = [result for result in results.values() if not _on_cpu(result)]
+    against = [(peer, [r for cpu in cpus for r in _ratios(cpu, (peer,), lambda case: True)]) for peer in PEERS]
+    measured = " and ".join(f"{_range(ratios, ' to ')} times that of {peer}" for peer, ratios in against if ratios)
+    behind = [r for gpu in gpus for r in _ratios(gpu, KERNELS, long)]
+    cpu = f"measured: time {measured}, by processor and case" if measured else "not measured"
+    gpu = "through XLA, without a kernel of its own: "
+    gpu += f"{_range(behind, ' to ')} times the time of fused kernels on long bfloat16" if behind else "not measured"
+    busy = any("busy" in str(result.machine.get("load before", "")) for result in results.values())
+    lines = [["CPU", cpu], ["GPU", gpu], ["TPU", "compiled by a test, not run"]]
+    note = "\n\nThe figures are of machines that were busy: distrust them until quiet runs exist (see Speed)." * busy
+    return _table(["device", "status"], lines) + note
 
 
 def with_tables(readme: str, results: dict[str, Result]) -> str:
-    """The README with a table for the run in each of these folders between its two marker lines."""
-    before, rest = readme.split(BEGIN, 1)
-    tables = "\n\n".join(readme_table(result, folder) for folder, result in results.items())
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END, 1)[1]}"
+    """The README with what the runs in some folders say between its marker lines."""
+    sections = (STATUS_BEGIN, STATUS_END, status_table), (BEGIN, END, readme_table)
+    for begin, end, write in sections:
+        if begin in readme:
+            before, rest = readme.split(begin, 1)
+            readme = f"{before}{begin}\n{write(results)}\n{end}{rest.split(end, 1)[1]}"
+    return readme
 
 
 # --- pictures ---

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import contenders, measure, oracle, report
-from bench.__main__ import main
+from bench.__main__ import README, main, recorded
 from bench.cases import FULL, MASKS, ON_GPU, QUICK, SHOWN, TARGETS, WORKS, Case, Trial, numbers
 from tests import plain, reference
 
@@ -175,16 +175,56 @@ def test_report_shows_targets_and_losses(tmp_path):
 
     text = report.markdown(result)
     assert "## Where jattn loses" in text and "2.00 times torch" in text and "times jax.nn" not in text
-    results = {"bench": result, "bench/other": result._replace(machine=result.machine | {"device": "another"})}
-    readme = report.with_tables(f"before\n{report.BEGIN}\nformer\n{report.END}\nafter\n", results)
-    assert "former" not in readme and readme.startswith("before") and readme.endswith("after\n")
-    assert "**2.00**" in readme
-    assert re.findall(r"^(.*?); .*\((.*)\)\.$", readme, re.MULTILINE) == [
-        ("a device", "bench/RESULTS.md"),
-        ("another", "bench/other/RESULTS.md"),
-    ]
     for path in report.plots(result, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def a_run(times, **machine):
+    machine = {"device": "cpu, 2 cores of A", "versions": "1", "date": "today", "load before": "0.10"} | machine
+    return report.Result(machine, rows_of_every_target(times))
+
+
+def test_the_readme_gets_one_table_of_ratios():
+    results = {
+        "bench": a_run({"jattn": 1.0, "torch": 0.5, "jax.nn": 10.0}),
+        "bench/other": a_run({"jattn": 1.0, "torch": 0.25}, device="GPU(R) X, 2 cores of A"),
+    }
+    markers = report.STATUS_BEGIN, report.STATUS_END, report.BEGIN, report.END
+    readme = report.with_tables("before\n{}\nformer\n{}\nbetween\n{}\nformer\n{}\nafter\n".format(*markers), results)
+    assert "former" not in readme and readme.startswith("before") and readme.endswith("after\n")
+    assert all(marker in readme for marker in markers) and "\nbetween\n" in readme
+    header, _, *lines = [line for line in readme.split("between")[1].splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| CPU, 2 cores of A", "torch", "**2.00**"],
+        ["| CPU, 2 cores of A", "jax.nn", "0.10"],
+        ["| GPU X", "torch", "**4.00**"],
+    ]
+    assert {line.count("|") for line in lines} == {header.count("|")}
+    assert re.findall(r"^- (.*?);.*`(.*)`\.$", readme, re.MULTILINE) == [
+        ("cpu, 2 cores of A", "bench/RESULTS.md"),
+        ("GPU(R) X, 2 cores of A", "bench/other/RESULTS.md"),
+    ]
+    cpu, gpu, tpu = re.findall(r"^\| [CGT]PU \| .*", readme, re.MULTILINE)
+    assert "2.00 times that of torch and 0.10 times that of jax.nn" in cpu
+    assert "4.00 times the time of fused kernels" in gpu and "not run" in tpu
+    assert "busy" not in readme
+
+
+def test_the_readme_says_which_machine_was_busy():
+    quiet = a_run({"jattn": 1.0, "torch": 0.5})
+    busy = a_run({"jattn": 1.0, "torch": 0.5}, **{"load before": "1.55 (busy: distrust the times)"})
+    table = report.readme_table({"bench": quiet, "bench/other": busy})
+    runs = [line for line in table.splitlines() if line.startswith("- ")]
+    assert ["busy: distrust its times** (load 1.55)" in line for line in runs] == [False, True]
+    assert "distrust" in report.status_table({"bench": quiet, "bench/other": busy})
+    assert "distrust" not in report.status_table({"bench": quiet})
+    assert report.status_table({}).count("not measured") == 2
+
+
+def test_the_readme_shows_the_recorded_runs():
+    """If not: python -m bench --from bench/results.json --update-readme"""
+    readme = README.read_text()
+    assert readme == report.with_tables(readme, recorded())
 
 
 def test_without_a_peer_its_targets_are_not_measured():

@@ -1,9 +1,13 @@
 """README is true: its Python runs, its pictures are what the masks say, its commands are those of CI."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from jattn import masks
 from tests.test_house import ORDER
@@ -27,9 +31,48 @@ def test_every_python_block_runs_in_order():
         exec(compile("\n" * line + text, "README.md", "exec"), namespace)
 
 
-def test_the_first_screen_has_python_and_both_commands():
+def test_the_first_screen_says_what_it_is_how_it_is_used_and_where_it_stands():
     first = "\n".join(README.splitlines()[:45])
-    assert "```python" in first and "-m jattn\n" in first and "pytest" in first
+    parts = [
+        "`pip install .`",
+        "jattn.attend",
+        "jattn.attention(",
+        "| CPU |",
+        "| GPU |",
+        "| TPU |",
+        "-m jattn\n",
+        "pytest",
+    ]
+    assert [part for part in parts if part not in first] == []
+    assert first.count("```python") == 1 and first.count("```bash") == 2
+
+
+def test_no_link_needs_a_place():
+    """README is shown elsewhere too, where a relative link leads nowhere."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", README, flags=re.DOTALL)
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", prose) if not link.startswith("https://")] == []
+    assert not re.search(r"<(img|a)\b", prose)
+
+
+def test_compiles_for_a_tpu():
+    """What README says of TPUs: it compiles the forward and the gradient, with no TPU there, and runs nothing."""
+    pytest.importorskip("libtpu")
+    code = """
+import jax, jattn
+from jax.experimental import topologies
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+x = jax.ShapeDtypeStruct((4096, 4, 128), "bfloat16", sharding=jax.sharding.SingleDeviceSharding(device))
+def loss(*x):
+    return jattn.attention(*x, mask=jattn.masks.Causal()).astype("float32").sum()
+for f in (loss, jax.grad(loss, (0, 1, 2))):
+    compiled = jax.jit(f).trace(x, x, x).lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4096 * 4096 * 2  # all scores
+"""
+    # No one is asked over the network which TPU this is.
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    environment = os.environ | settings | {"TPU_WORKER_HOSTNAMES": "localhost"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_each_command_sets_itself_up_and_ci_runs_the_tests_to_the_letter():
