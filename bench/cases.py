@@ -31,7 +31,7 @@ WINDOW, CAP = 256, 2.0  # as the tests' table has them, for those who are told i
 _PRODUCTS = {"forward": 2, "grad": 7, "jvp": 6, "hvp": 19, "layer": 2, "layer-vmap": 2}
 
 
-class Case(NamedTuple):
+class Setting(NamedTuple):
     """One piece of work at one size; every contender gets the same numbers, in the layout that is natural to it."""
 
     work: str = "forward"
@@ -95,7 +95,7 @@ def segment_ids(S: int) -> np.ndarray:
     return np.searchsorted(edges, np.arange(S), side="right").astype(np.int32)
 
 
-def numbers(case: Case) -> dict[str, np.ndarray]:
+def numbers(case: Setting) -> dict[str, np.ndarray]:
     """The arrays of a case by name: q k v, cotangent, tangents, what the mask carries; or x and weights of a layer."""
     rng, dtype, problem = np.random.default_rng(0), DTYPES[case.dtype], case.problem
     B, T, S, N, K, H = case.B, case.T, case.S, case.N, case.K, case.H
@@ -123,7 +123,7 @@ def numbers(case: Case) -> dict[str, np.ndarray]:
 class Trial(NamedTuple):
     """Every case with every contender, timed in turn in one loop, so that any two of them can be compared."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[Setting, ...]
     contenders: tuple[str, ...] | None = None  # None: all
 
 
@@ -134,14 +134,14 @@ class Target(NamedTuple):
     share; "compile", for seconds; or "compile growth", for these over the seconds of the shortest of `cases`.
     """
 
-    cases: tuple[Case, ...]
-    against: str | Case
+    cases: tuple[Setting, ...]
+    against: str | Setting
     limit: float
     at_least: bool = False
 
 
-def _size(**changes) -> Case:
-    return Case()._replace(S=changes.get("T", Case().T))._replace(**changes)
+def _size(**changes) -> Setting:
+    return Setting()._replace(S=changes.get("T", Setting().T))._replace(**changes)
 
 
 LONG, WIDE = _size(), _size(B=2, T=2048, H=128)
@@ -250,4 +250,4 @@ def product(works, masks, dtypes, sizes, shape) -> list[Trial]:
     """One trial for each combination; `shape` is (B, N, K, H) and each size a T."""
     B, N, K, H = shape
     grid = itertools.product(works, masks, dtypes, sizes)
-    return [Trial((Case(work, mask, dtype, B, T, T, N, K, H),)) for work, mask, dtype, T in grid]
+    return [Trial((Setting(work, mask, dtype, B, T, T, N, K, H),)) for work, mask, dtype, T in grid]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from bench.cases import CAP, DTYPES, WINDOW, Case
+from bench.cases import CAP, DTYPES, WINDOW, Setting
 from tests import cases as table
 
 GIB = 2**30
@@ -59,7 +59,7 @@ def _jattn_layer(case, x, data, *, implementation):
     return jattn.attend(params, x, **_jattn_options(case, data), implementation=implementation)
 
 
-def _jattn_options(case: Case, data: Any) -> dict[str, Any]:
+def _jattn_options(case: Setting, data: Any) -> dict[str, Any]:
     """What the tests' table gives jattn, round arrays that are operands."""
     problem, ids = case.problem, data.get("segments")
     mask = table.build_mask(problem, {} if ids is None else {"q": ids, "kv": ids})
@@ -80,7 +80,7 @@ def _tokamax(case, q, k, v, data):
     return _optional("tokamax").dot_product_attention(q, k, v, **options, implementation="xla_chunked")
 
 
-def _peer_options(case: Case, data: Any, soft_cap: bool = False) -> dict[str, Any]:
+def _peer_options(case: Setting, data: Any, soft_cap: bool = False) -> dict[str, Any]:
     """The case in the words of `jax.nn.dot_product_attention`."""
     if case.mask == "causal" and not case.decoding:
         return {"is_causal": True}
@@ -107,7 +107,7 @@ def _plain_layer(case, x, data, *, attention):
     return jnp.einsum("...tnh,nhe->...te", attention(case, q, k, v, data), data["wo"])
 
 
-def _work(case: Case, attention: Callable, layer: Callable) -> Callable:
+def _work(case: Setting, attention: Callable, layer: Callable) -> Callable:
     """The function of the operands that a case asks for."""
 
     def attend(data):
@@ -140,10 +140,10 @@ def _work(case: Case, attention: Callable, layer: Callable) -> Callable:
     }[case.work]
 
 
-def _in_jax(attention: Callable, layer: Callable | None = None) -> Callable[[Case, Data], Built]:
+def _in_jax(attention: Callable, layer: Callable | None = None) -> Callable[[Setting, Data], Built]:
     layer = layer or functools.partial(_plain_layer, attention=attention)
 
-    def build(case: Case, data: Data) -> Built:
+    def build(case: Setting, data: Data) -> Built:
         function = jax.jit(_work(case, attention, layer))
         operands = place(case, data)
         start = time.perf_counter()
@@ -159,7 +159,7 @@ def _in_jax(attention: Callable, layer: Callable | None = None) -> Callable[[Cas
 
         return Built(functools.partial(place, case), call, fetch, compile_s, temp)
 
-    def place(case: Case, data: Data) -> dict[str, jax.Array]:
+    def place(case: Setting, data: Data) -> dict[str, jax.Array]:
         if case.head_major:
             data = data | {name: np.swapaxes(data[name], 1, 2) for name in ("k", "v")}
         return {name: jax.device_put(np.ascontiguousarray(array)) for name, array in data.items()}
@@ -189,7 +189,7 @@ def _torch() -> tuple[Any, str]:
     return torch, "cpu"
 
 
-def _torch_built(case: Case, call: Callable, compile_s: float | None = None) -> Built:
+def _torch_built(case: Setting, call: Callable, compile_s: float | None = None) -> Built:
     torch, device = _torch()
     is_layer = case.work.startswith("layer")
 
@@ -221,7 +221,7 @@ def _torch_built(case: Case, call: Callable, compile_s: float | None = None) -> 
     return Built(place, finished, fetch, compile_s)
 
 
-def _torch_sdpa(case: Case, data: Data) -> Built:
+def _torch_sdpa(case: Setting, data: Data) -> Built:
     torch, device = _torch()
     F = torch.nn.functional
     options: dict[str, Any] = {"is_causal": case.mask == "causal" and not case.decoding, "enable_gqa": case.K < case.N}
@@ -267,7 +267,7 @@ def _torch_sdpa(case: Case, data: Data) -> Built:
     return _torch_built(case, works[case.work])
 
 
-def _dense_mask(case: Case, data: Data, torch: Any) -> Any:
+def _dense_mask(case: Setting, data: Data, torch: Any) -> Any:
     """[T, S] of booleans, which is how SDPA takes what it has no word for."""
     if case.T * case.S > 2**28:
         raise Unsupported(f"would need a mask of {case.T} x {case.S}")
@@ -278,7 +278,7 @@ def _dense_mask(case: Case, data: Data, torch: Any) -> Any:
     return (k <= q) & (k > q - (WINDOW if case.mask == "window" else case.S))
 
 
-def _torch_flex(case: Case, data: Data) -> Built:
+def _torch_flex(case: Setting, data: Data) -> Built:
     torch, device = _torch()
     flex = _optional("torch.nn.attention.flex_attention")
     if case.work != "forward" or case.decoding or case.dtype != "f32" or case.mask == "bias":
@@ -314,7 +314,7 @@ def _torch_flex(case: Case, data: Data) -> Built:
 # --- NumPy, as in the notebook ---
 
 
-def _numpy(case: Case, data: Data) -> Built:
+def _numpy(case: Setting, data: Data) -> Built:
     """The notebook's steps, head after head; its softmax overflows, so the row's maximum is taken off first."""
     if case.work != "forward" or case.mask not in ("full", "causal") or case.dtype != "f32":
         raise Unsupported("is the notebook's: float32 forward, full or causal")
@@ -340,12 +340,12 @@ def _numpy(case: Case, data: Data) -> Built:
     return Built(lambda data: data, attention, lambda out: [out])
 
 
-def _jattn_contender(implementation: str | None) -> Callable[[Case, Data], Built]:
+def _jattn_contender(implementation: str | None) -> Callable[[Setting, Data], Built]:
     bound = functools.partial(_jattn, implementation=implementation)
     return _in_jax(bound, functools.partial(_jattn_layer, implementation=implementation))
 
 
-CONTENDERS: dict[str, Callable[[Case, Data], Built]] = {
+CONTENDERS: dict[str, Callable[[Setting, Data], Built]] = {
     "jattn": _jattn_contender(None),
     "jattn dense": _jattn_contender("dense"),
     "jattn blockwise": _jattn_contender("blockwise"),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import oracle
-from bench.cases import DTYPES, Case, Trial, numbers
+from bench.cases import DTYPES, Setting, Trial, numbers
 from bench.contenders import CONTENDERS, Built, Unsupported, memory_bytes
 
 SETTLE_S, SAMPLE_S, WARM_S = 0.005, 0.02, 0.3
@@ -32,7 +32,7 @@ class Row(NamedTuple):
     """What one contender did with one case in one trial."""
 
     trial: int
-    case: Case
+    case: Setting
     contender: str
     status: str  # "timed"; or "unsupported", "wrong", "failed", "left out", with a note
     note: str = ""

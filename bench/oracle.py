@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from bench.cases import CAP, DTYPES, Case
+from bench.cases import CAP, DTYPES, Setting
 from tests import cases as table
 
 SLACK = 16.0
@@ -22,7 +22,7 @@ def sample(T: int) -> np.ndarray:
     return np.unique(np.linspace(0, T - 1, 16).round().astype(int))
 
 
-def probe(case: Case, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def probe(case: Setting, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The numbers of the case with a cotangent that is zero outside the sampled queries."""
     if "cot" not in data:
         return data
@@ -31,7 +31,7 @@ def probe(case: Case, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return data | {"cot": cot}
 
 
-def allowed(case: Case, data: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+def allowed(case: Setting, data: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
     """[B, R, S], from the mask's definition in the tests' table."""
     positions, arrays = rows + case.S - case.T, {}
     if case.mask == "segments":
@@ -67,7 +67,7 @@ def _heads(case, data, rows, q, k, v, cot=None):
     return (out,) if cot is None else (dq, dk, dv)
 
 
-def answer(case: Case, data: dict[str, np.ndarray], precision: type = np.float64) -> list[np.ndarray]:
+def answer(case: Setting, data: dict[str, np.ndarray], precision: type = np.float64) -> list[np.ndarray]:
     """What the case should give for `probe(case, data)`, computed in `precision`, with query axes cut to the sample.
 
     forward: out. grad: dq, dk, dv. jvp: out and its tangent. hvp: dq, dk, dv and their tangents. layer: y.
@@ -89,13 +89,13 @@ def answer(case: Case, data: dict[str, np.ndarray], precision: type = np.float64
     return [*(a.real for a in stepped), *(a.imag / step for a in stepped)]
 
 
-def at_sample(case: Case, outputs: list[np.ndarray]) -> list[np.ndarray]:
+def at_sample(case: Setting, outputs: list[np.ndarray]) -> list[np.ndarray]:
     """Cuts a contender's outputs as `answer` is cut."""
     queries = {"grad": (0,), "hvp": (0, 3)}.get(case.work, range(len(outputs)))
     return [a[:, sample(case.T)] if i in queries else a for i, a in enumerate(outputs)]
 
 
-def error(case: Case, actual: list[np.ndarray], exact: list[np.ndarray]) -> float:
+def error(case: Setting, actual: list[np.ndarray], exact: list[np.ndarray]) -> float:
     """The largest error, relative to the largest entry at the same position.
 
     Derivatives cancel (the first query of a causal mask has dq = 0), so theirs is relative to the largest of all.
@@ -110,7 +110,7 @@ def error(case: Case, actual: list[np.ndarray], exact: list[np.ndarray]) -> floa
     return float(worst)
 
 
-def budget(case: Case, exact: list[np.ndarray], plain: list[np.ndarray]) -> float:
+def budget(case: Setting, exact: list[np.ndarray], plain: list[np.ndarray]) -> float:
     """What may be wrong: a multiple of the error of plain float32 code rounded to the dtype, plus one rounding."""
     dtype = DTYPES[case.dtype]
     eps = float(ml_dtypes.finfo(dtype).eps)

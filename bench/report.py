@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.cases import LONG, SHOWN, STEP, TARGETS, Case, Target
+from bench.cases import LONG, SHOWN, STEP, TARGETS, Setting, Target
 from bench.measure import Row, ratio
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -40,7 +40,7 @@ def to_json(result: Result) -> str:
 
 def from_json(text: str) -> Result:
     loaded = json.loads(text)
-    return Result(loaded["machine"], [Row(**(row | {"case": Case(**row["case"])})) for row in loaded["rows"]])
+    return Result(loaded["machine"], [Row(**(row | {"case": Setting(**row["case"])})) for row in loaded["rows"]])
 
 
 # --- the figures that are to be reached ---
@@ -61,7 +61,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     ran = set().union(*together.values())
 
     def measurable(target: Target) -> bool:
-        if isinstance(target.against, Case):
+        if isinstance(target.against, Setting):
             return any({*target.cases, target.against} <= cases for cases in together.values())
         return ran.issuperset(target.cases)
 
@@ -82,15 +82,15 @@ def _verdict(target: Target, rows: list[Row]) -> Verdict:
     return Verdict(figure, wanted, number.format(value) + worst, "met" if met else "**missed**")
 
 
-def _figure(target: Target, rows: list[Row]) -> tuple[str, Callable[[Case], float | None]]:
+def _figure(target: Target, rows: list[Row]) -> tuple[str, Callable[[Setting], float | None]]:
     """What is compared, in words, and how to find it for a case."""
     ours = [row for row in rows if row.contender == OURS]
 
-    def of(case: Case, field: str) -> float | None:
+    def of(case: Setting, field: str) -> float | None:
         return next((value for row in ours if row.case == case and (value := getattr(row, field)) is not None), None)
 
-    def over(pick: Callable[[Row], bool]) -> Callable[[Case], float | None]:
-        def measure(case: Case) -> float | None:
+    def over(pick: Callable[[Row], bool]) -> Callable[[Setting], float | None]:
+        def measure(case: Setting) -> float | None:
             mine = [row for row in ours if row.case == case]
             return next((r for a in mine for b in rows if pick(b) and (r := ratio(a, b)) is not None), None)
 
@@ -145,8 +145,8 @@ def _against(ours: Row | None, peer: Row | None) -> str:
     return _time(peer.median) + ("" if not r else f" · **{r:.2f}**" if r > 1 else f" · {r:.2f}")
 
 
-def _by_case(rows: list[Row]) -> list[tuple[Case, dict[str, Row]]]:
-    found: dict[tuple[int, Case], dict[str, Row]] = defaultdict(dict)
+def _by_case(rows: list[Row]) -> list[tuple[Setting, dict[str, Row]]]:
+    found: dict[tuple[int, Setting], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         found[row.trial, row.case][row.contender] = row
     return [(case, by_name) for (_, case), by_name in found.items()]
@@ -185,7 +185,7 @@ def losses(rows: list[Row]) -> list[str]:
 
 def _notes(rows: list[Row]) -> list[str]:
     """Who did not take part in what, each reason once."""
-    reasons: dict[tuple[str, str, str], list[Case]] = defaultdict(list)
+    reasons: dict[tuple[str, str, str], list[Setting]] = defaultdict(list)
     for row in rows:
         if row.status != "timed":
             reasons[row.contender, row.status, row.note].append(row.case)
@@ -216,12 +216,12 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _kind(case: Case) -> str:
+def _kind(case: Setting) -> str:
     """The column that the README sums a case up in."""
     return f"{'decoding' if case.decoding else case.work} {case.dtype}"
 
 
-def _ratios(result: Result, peers: tuple[str, ...], pick: Callable[[Case], bool]) -> list[float]:
+def _ratios(result: Result, peers: tuple[str, ...], pick: Callable[[Setting], bool]) -> list[float]:
     """jattn's time over that of each of some peers, in each case that the README shows and `pick` picks."""
     shown = [(case, by) for case, by in _by_case(result.rows) if case in SHOWN and pick(case) and OURS in by]
     found = (ratio(by[OURS], by[peer]) for _, by in shown for peer in peers if peer in by)
@@ -265,7 +265,7 @@ def readme_table(results: dict[str, Result]) -> str:
 def status_table(results: dict[str, Result]) -> str:
     """Where jattn stands on each kind of device, in the figures of the runs."""
 
-    def long(case: Case) -> bool:
+    def long(case: Setting) -> bool:
         return not case.decoding and case.mask in ("full", "causal") and case.dtype == "bf16"
 
     cpus = [result for result in results.values() if _on_cpu(result)]

@@ -64,7 +64,7 @@ def possible(point: Mapping) -> bool:
     return not (point.get("mask") in _OF_SOME_LENGTH and point.get("shape") in ("no_query", "no_key"))
 
 
-class Problem(NamedTuple):
+class Setup(NamedTuple):
     case: Case
     implementation: jattn.Blockwise | str
     args: tuple  # q, k, v and the arrays of the scores: NumPy, all of it differentiable
@@ -80,7 +80,7 @@ class Problem(NamedTuple):
         case = self.case._replace(dtype=str(q.dtype))
         return naive.attention(q, k, v, **cases.oracle(case, arrays, jnp))
 
-    def wide(self) -> "Problem":
+    def wide(self) -> "Setup":
         """The same numbers in float64."""
         args, tangents = jax.tree.map(lambda x: x.astype(np.float64), (self.args, self.tangents))
         return self._replace(case=self.case._replace(dtype="float64"), args=args, tangents=tangents)
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
 
 def problem(
     mask="none", score="none", heads="mha", dtype="float32", shape="square", batch="single", positions="counted"
-) -> Problem:
+) -> Setup:
     """The problem at one point of the product."""
     case = Case(
         "point",
@@ -106,10 +106,10 @@ def problem(
     args = (*cases.inputs(case), cases.score_arrays(case))
     rng = np.random.default_rng(1)
     tangents = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape)).astype(x.dtype), args)
-    return Problem(case, jattn.Blockwise(block_q=block_q, block_kv=block_kv), args, tangents)
+    return Setup(case, jattn.Blockwise(block_q=block_q, block_kv=block_kv), args, tangents)
 
 
-def idle(p: Problem) -> tuple[np.ndarray, np.ndarray]:
+def idle(p: Setup) -> tuple[np.ndarray, np.ndarray]:
     """Which queries attend to nothing and which keys nothing attends to: bool [..., T, N, 1] and [..., S, K, 1]."""
     keep, K = cases.keep(p.case), p.case.K
     queries, keys = ~keep.any(-1), ~keep.any(-2)  # [..., N, T], [..., N, S]
@@ -117,7 +117,7 @@ def idle(p: Problem) -> tuple[np.ndarray, np.ndarray]:
     return np.swapaxes(queries, -1, -2)[..., None], np.swapaxes(keys, -1, -2)[..., None]
 
 
-def fill_idle(p: Problem, query: float, key: float, value: float) -> Problem:
+def fill_idle(p: Setup, query: float, key: float, value: float) -> Setup:
     """The problem with these numbers in all the places that must not matter."""
     q, k, v, arrays = p.args
     queries, keys = idle(p)
@@ -162,20 +162,20 @@ def name_of(point: Mapping[str, str]) -> str:
     return "-".join(point.values())
 
 
-def compiled(mode: Callable, f: Callable, p: Problem, **options) -> Callable:
+def compiled(mode: Callable, f: Callable, p: Setup, **options) -> Callable:
     """mode(f, args, tangents) as a function of a problem like p, at its precision: NumPy arrays."""
     with cases.precision(p.case):
         lowered = jax.jit(lambda args, tangents: mode(f, args, tangents)).lower(p.args, p.tangents)
         executable = lowered.compile(compiler_options=options)
 
-    def run(p: Problem):
+    def run(p: Setup):
         with cases.precision(p.case):
             return jax.tree.map(np.asarray, executable(p.args, p.tangents))
 
     return run
 
 
-def run(mode: Callable, f: Callable, p: Problem, **options):
+def run(mode: Callable, f: Callable, p: Setup, **options):
     """mode(f, args, tangents) as NumPy arrays, at the precision of the problem, compiled with these options."""
     return compiled(mode, f, p, **options)(p)
 

@@ -10,10 +10,10 @@ import pytest
 
 from bench import contenders, measure, oracle, report
 from bench.__main__ import README, main, recorded
-from bench.cases import FULL, MASKS, ON_GPU, QUICK, SHOWN, TARGETS, WORKS, Case, Trial, numbers
+from bench.cases import FULL, MASKS, ON_GPU, QUICK, SHOWN, TARGETS, WORKS, Setting, Trial, numbers
 from tests import plain, reference
 
-TINY = Case(B=2, T=13, S=13, N=6, K=2, H=5)
+TINY = Setting(B=2, T=13, S=13, N=6, K=2, H=5)
 LONG = TINY._replace(B=1, T=331, S=331, N=2)  # longer than the window
 EACH_ONCE = list(zip(WORKS, reversed(MASKS), strict=True))
 PEERS = [name for name in contenders.CONTENDERS if name not in contenders.SLOW_TO_COMPILE]
@@ -137,7 +137,7 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
 def test_every_target_is_measured_by_the_full_run():
     together = [set(trial.cases) for trial in FULL]
     for target in TARGETS:
-        if isinstance(target.against, Case):
+        if isinstance(target.against, Setting):
             assert {*target.cases, target.against} in together
         assert all(any(case in cases for cases in together) for case in target.cases)
     assert {case.work for trial in QUICK for case in trial.cases} == set(WORKS)

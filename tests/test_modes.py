@@ -16,7 +16,7 @@ SELECTION = problems.cover({"family": tuple(FAMILIES)} | AXES)
 OTHERWISE = dict(xla_backend_optimization_level=3)  # where the other tests have 0
 
 
-def judge(mode: str, p: problems.Problem):
+def judge(mode: str, p: problems.Setup):
     """The mode's result errs no more than a few times as much as plain code does at the same precision."""
     actual, wide = problems.run(MODES[mode], p.attention, p), p.wide()
     exact = problems.run(MODES[mode], wide.naive, wide)
