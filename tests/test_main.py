@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import __main__ as tour
+from jattn.tour import command, files, proof, text, walk
 
 
 @pytest.fixture
 def run(capsys):
     def run(*arguments):
-        status = tour.main([str(argument) for argument in arguments])
+        status = command.main([str(argument) for argument in arguments])
         return status, *capsys.readouterr()
 
     return run
@@ -53,14 +53,14 @@ def test_a_text_with_every_option(run, tmp_path):
     out, picture = tmp_path / "y.npy", tmp_path / "a.SVG"
     status, stdout, _ = run("One two, one!", "--heads", 2, "--causal", "--seed", 7, "--out", out, "--save", picture)
     assert status == 0 and "Causal" in stdout and "the mean of 2 heads" in stdout
-    x = jnp.stack([tour._vector(word) for word in ("one", "two", "one")])
+    x = jnp.stack([text.vector(word) for word in ("one", "two", "one")])
     params = jattn.init(jax.random.key(7), 64, num_heads=2)
-    np.testing.assert_allclose(np.load(out), tour._reference(params, x, causal=True), atol=1e-5)
+    np.testing.assert_allclose(np.load(out), proof.reference(params, x, causal=True), atol=1e-5)
     assert "<!-- two -->" in picture.read_text()
 
 
 def test_an_array_is_attended_to_and_written_and_a_failed_check_is_status_1(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tour, "_checks", lambda *_: {"attend": lambda: (1.0, 0.1)})
+    monkeypatch.setattr(command, "checks", lambda *_: {"attend": lambda: (1.0, 0.1)})
     x = np.random.default_rng(0).standard_normal((2, 3, 5))
     np.save(tmp_path / "x.npy", x)
     status, stdout, _ = run(tmp_path / "x.npy", "--out", tmp_path / "y.npy")
@@ -70,7 +70,7 @@ def test_an_array_is_attended_to_and_written_and_a_failed_check_is_status_1(run,
     rng = np.random.default_rng(0)
     w = [rng.standard_normal((rows, 5)).T[:, None] / 5**0.5 for rows in (20, 20, 25)]
     assert y.dtype == np.float32 and y.shape == (2, 3, 25)
-    np.testing.assert_allclose(y[1], tour._reference(jattn.Params(*w), x[1], causal=False), atol=1e-5)
+    np.testing.assert_allclose(y[1], proof.reference(jattn.Params(*w), x[1], causal=False), atol=1e-5)
 
 
 # The checks can fail.
@@ -110,7 +110,7 @@ def checks():
     options = argparse.Namespace(heads=1, seed=0)
     x = np.random.default_rng(1).standard_normal((3, 5)).astype(np.float32)
     y = np.zeros((3, 25), np.float32)
-    return tour._checks(tour._params(5, options), jattn.masks.Causal(), x, y)
+    return proof.checks(walk.random_params(5, options), jattn.masks.Causal(), x, y)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -119,7 +119,7 @@ def test_a_wrong_library_fails_its_checks(wrong, checks, monkeypatch, capsys):
     monkeypatch.setattr(jattn, name, function)
     explanation = argparse.Namespace(implementation="dense", reasons={"dense": "small"})
     chosen = {name: check for name, check in checks.items() if name in failing}
-    assert chosen and tour._prove(explanation, chosen, 0.0) == 1
+    assert chosen and proof.prove(explanation, chosen, 0.0) == 1
     table = capsys.readouterr().out
     assert f"{len(chosen)} of {len(chosen)} checks FAIL" in table
     assert ("ZeroDivisionError" in table) == (wrong == "raises")
@@ -131,8 +131,8 @@ def test_a_true_library_passes_and_a_wrong_result_or_a_nan_does_not(checks, caps
     assert error > limit
     error, limit = checks["attend"]()
     assert error <= limit < 1e-4
-    assert tour._prove(explanation, {"fine": lambda: (0.0, 0.0)}, 0.0) == 0
-    assert tour._prove(explanation, {"fine": lambda: (0.0, 0.0), "nan": lambda: (np.nan, 1.0)}, 0.0) == 1
+    assert proof.prove(explanation, {"fine": lambda: (0.0, 0.0)}, 0.0) == 0
+    assert proof.prove(explanation, {"fine": lambda: (0.0, 0.0), "nan": lambda: (np.nan, 1.0)}, 0.0) == 1
     assert "1 of 2 checks FAIL" in capsys.readouterr().out
 
 
@@ -140,10 +140,10 @@ def test_a_true_library_passes_and_a_wrong_result_or_a_nan_does_not(checks, caps
 
 
 def test_the_same_word_has_the_same_vector_in_every_process():
-    np.testing.assert_allclose(tour._vector("attention")[:3], [0.5738472, 0.7916518, 0.6343905], rtol=1e-6)
-    np.testing.assert_array_equal(tour._vector("Attention"), tour._vector("attention"))
-    np.testing.assert_allclose(np.linalg.norm(tour._vector("x")), 8, rtol=1e-6)
-    alike = [tour._vector("attention") @ tour._vector(other) / 64 for other in ("attentions", "zebra")]
+    np.testing.assert_allclose(text.vector("attention")[:3], [0.5738472, 0.7916518, 0.6343905], rtol=1e-6)
+    np.testing.assert_array_equal(text.vector("Attention"), text.vector("attention"))
+    np.testing.assert_allclose(np.linalg.norm(text.vector("x")), 8, rtol=1e-6)
+    alike = [text.vector("attention") @ text.vector(other) / 64 for other in ("attentions", "zebra")]
     assert alike[0] > 0.7 > 0.4 > alike[1]
 
 
@@ -151,7 +151,7 @@ def test_the_same_word_has_the_same_vector_in_every_process():
     "text", ["and/or", "e.g. this", "3.14", "Wait...", "... what?", "日本語。はい", "don't", "\x1b[31mred"]
 )
 def test_a_text_is_a_text(text):
-    given = tour._read(text)
+    given = files.read(text)
     assert given.labels and not any("\x1b" in word for word in given.labels)
     assert [word for sentence in given.sentences for word in sentence] == given.labels
 
@@ -159,9 +159,9 @@ def test_a_text_is_a_text(text):
 def test_a_file_is_read_and_a_long_one_is_cut(tmp_path):
     path = tmp_path / "any name"
     path.write_bytes("\ufeffOne two. “Three” – four!\n".encode())
-    assert tour._read(str(path)).sentences == [["One", "two"], ["Three", "four"]]
+    assert files.read(str(path)).sentences == [["One", "two"], ["Three", "four"]]
     path.write_text("word, and. " * 500)
-    given = tour._read(str(path))
+    given = files.read(str(path))
     assert len(given.labels) == 256 == len(given.x) == sum(map(len, given.sentences))
     assert "1000 words, of which the first 256 are walked" in given.source
 
@@ -170,7 +170,7 @@ def test_a_file_is_read_and_a_long_one_is_cut(tmp_path):
 def test_every_real_dtype_is_read(dtype, tmp_path):
     x = np.arange(6).reshape(2, 3).astype(dtype)
     np.save(tmp_path / "x.npy", np.asfortranarray(x))
-    given = tour._read(str(tmp_path / "x.npy"))
+    given = files.read(str(tmp_path / "x.npy"))
     assert given.x.dtype == np.float32 and given.x.dtype.isnative
     np.testing.assert_array_equal(given.x, x.astype(np.float32))
 
@@ -276,13 +276,13 @@ def test_a_disk_that_fills_up_is_bad_input_too():
     def full(file):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(tour.BadInput, match="No space left"):
-        tour._write(os.devnull, full)
+    with pytest.raises(text.BadInput, match="No space left"):
+        files.write(os.devnull, full)
 
 
 def test_a_terminal_without_the_shades_gets_others(monkeypatch):
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", plain)
-    tour._picture(np.full((1, 2, 2), 0.5, np.float32), ["a", "b"], argparse.Namespace(save=None))
+    walk.picture(np.full((1, 2, 2), 0.5, np.float32), ["a", "b"], argparse.Namespace(save=None))
     plain.flush()
     assert b"a  ####  a          0.50" in plain.buffer.getvalue()
