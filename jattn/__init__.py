@@ -7,13 +7,13 @@ out = jattn.attention(q, k, v, mask=jattn.masks.Causal())      [..., T, N, H] ->
 
 from jattn import masks as masks
 from jattn import scores as scores
-from jattn.blockwise import Blockwise as Blockwise
-from jattn.dispatch import Explanation as Explanation
+from jattn.compat import dot_product_attention as dot_product_attention
 from jattn.dispatch import attention as attention
 from jattn.dispatch import attention_weights as attention_weights
 from jattn.dispatch import attention_with_lse as attention_with_lse
-from jattn.dispatch import dot_product_attention as dot_product_attention
-from jattn.dispatch import explain as explain
+from jattn.explanation import Explanation as Explanation
+from jattn.explanation import explain as explain
+from jattn.implementations import Blockwise as Blockwise
 from jattn.layer import attend as attend
 from jattn.layer import context_vector as context_vector
 from jattn.params import Params as Params

@@ -13,28 +13,28 @@ import jax.numpy as jnp
 
 def floating(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError unless its dtype is a real floating one."""
-    array = as_array(name, array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    result = as_array(name, array)
+    if not jnp.issubdtype(result.dtype, jnp.floating):
         raise TypeError(
-            f"{name} must have a real floating dtype (float16, bfloat16, float32, float64), got {array.dtype}"
+            f"{name} must have a real floating dtype (float16, bfloat16, float32, float64), got {result.dtype}"
         )
-    return array
+    return result
 
 
 def integer(name: str, array: Any) -> jax.Array:
     """Returns `array` as an int32 JAX array; TypeError unless its dtype is an integer one."""
-    array = as_array(name, array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
-    return array.astype(jnp.int32)
+    result = as_array(name, array)
+    if not jnp.issubdtype(result.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {result.dtype}")
+    return result.astype(jnp.int32)
 
 
 def boolean(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError unless it is boolean."""
-    array = as_array(name, array)
-    if array.dtype != jnp.bool_:
-        raise TypeError(f"{name} must be boolean, got dtype {array.dtype}")
-    return array
+    result = as_array(name, array)
+    if result.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be boolean, got dtype {result.dtype}")
+    return result
 
 
 def rank(name: str, array: jax.Array, letters: str) -> None:
@@ -73,7 +73,8 @@ def is_narrow(array: Any) -> bool:
 def as_array(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError if it cannot be one."""
     try:
-        return jnp.asarray(array)
+        result: jax.Array = jnp.asarray(array)
+        return result
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {type(array).__name__}") from error
 

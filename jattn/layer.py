@@ -1,18 +1,18 @@
 """The layer: projections round attention."""
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jattn import checks
-from jattn.dispatch import attention
+from jattn.dispatch import Choices, attention
 from jattn.params import Params
 from jattn.projection import project, project_out
 
 
-def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Any) -> jax.Array:
+def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Unpack[Choices]) -> jax.Array:
     """Attends from rows to rows: the whole layer.
 
         y = heads(attention(x wq + bq, c wk + bk, c wv + bv)) wo + bo,   c = x if context is None else context
@@ -34,7 +34,9 @@ def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **opt
     return project_out(params, attention(query, key, value, **options))
 
 
-def context_vector(params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Any) -> jax.Array:
+def context_vector(
+    params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Unpack[Choices]
+) -> jax.Array:
     """Sums the attended rows into one vector.
 
         c = Σ_t attend(params, x)_t

@@ -1,7 +1,7 @@
 """Masks: which key positions a query position may attend to, as values with an algebra.
 
 A mask is a predicate of positions, `(q_pos, kv_pos) -> bool`, True where attending is allowed. It is written once and
-read twice: with arrays of positions it is a boolean array; with intervals of positions (`values.Interval`) it tells
+read twice: with arrays of positions it is a boolean array; with intervals of positions (`intervals.Interval`) it tells
 whether a whole block is empty, full or partial, without looking inside.
 
     Causal() & Window(255, 0)      both must allow            picture of Causal(), T = S = 4, queries downwards:
@@ -10,11 +10,11 @@ whether a whole block is empty, full or partial, without looking inside.
                                                                   ███·
                                                                   ████
 
-Arrays that masks carry have the batch dims in front, aligned right; with one more leading dim than the batch has, that
-dim is the heads. Every array is dynamic: new arrays do not recompile; integers must fit in int32, as which they are
-taken. Every int is static: blocks are decided while tracing. Blocks that arrays decide are skipped while running, where
-examples and heads are gone through one by one: on a CPU. Under `vmap` over such an array a block is skipped if it is
-empty for all examples (as leading dims, for each). Where several devices would have to agree, they are masked instead.
+Arrays that masks carry have the batch dims in front, aligned right. One more leading dim than the batch has is the
+heads. Arrays are dynamic: new arrays do not recompile. Integers in them are taken as int32 and must fit in it. Ints are
+static: they decide while tracing which blocks are empty. Arrays decide it while running, on a CPU, where examples and
+heads are gone through one by one, those of `vmap` too. Where several devices would have to agree on it, a block is
+masked and not skipped.
 """
 
 import functools
@@ -27,8 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import checks
-from jattn.values import Interval, Value
+from jattn import checks, closures
+from jattn.intervals import Interval
+from jattn.letters import Axes, Order, fitted
+from jattn.values import Value
 
 _INT32 = np.iinfo(np.int32)
 
@@ -72,9 +74,10 @@ class Mask(Value):
 
     __array_ufunc__ = None  # so that a NumPy array & a mask is this algebra's business
 
-    def by_block(self, interval: Callable) -> Callable:
+    def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         """Returns the mask as a predicate of intervals of positions; `interval` gives an array's, of each block."""
-        return jax.tree.map(interval, self)
+        read: Mask = jax.tree.map(interval, self)
+        return read
 
     def to_array(self, T: int, S: int, *, q_offset: int = 0) -> jax.Array:
         """Returns the mask as a boolean array `[..., T, S]`, `...` being the leading dims of the arrays it carries.
@@ -84,10 +87,9 @@ class Mask(Value):
           S: number of keys, at positions 0, 1, ...
           q_offset: position of the first query.
         """
-        lead, sizes = _sizes(self, T, S)
-        q_pos, kv_pos = _positions(len(sizes), T, S, q_offset)
-        allowed = jnp.broadcast_to(self.lay_out(sizes)(q_pos, kv_pos), sizes)
-        return allowed.reshape((*lead, T, S))
+        lead, axes = _axes(self, T, S)
+        allowed = _heads_first(self, axes)(*_positions(len(axes.sizes), T, S, q_offset))
+        return jnp.broadcast_to(allowed, axes.sizes).reshape((*lead, T, S))
 
     def picture(self, T: int, S: int, *, q_offset: int = 0, width: int = 64) -> str:
         """Draws the mask, queries downwards and keys across: █ may attend, · may not, ▒ some of that block may.
@@ -101,12 +103,12 @@ class Mask(Value):
           q_offset: position of the first query.
           width: most characters across; half as many lines.
         """
-        _, sizes = _sizes(self, T, S)
-        first = jax.tree.map(lambda a: a[(slice(0, 1),) * (a.ndim - 2)], self.lay_out(sizes))
-        q_pos, kv_pos = (p.astype(np.int32) for p in _positions(len(sizes), T, S, q_offset))
+        _, axes = _axes(self, T, S)
+        first = jax.tree.map(lambda a: a[(slice(0, 1),) * (a.ndim - 2)], _heads_first(self, axes))
+        q_pos, kv_pos = _positions(len(axes.sizes), T, S, q_offset)
         block_q, block_kv = max(1, -(-T // max(width // 2, 1))), max(1, -(-S // width))
         if block_q == block_kv == 1:
-            allowed = np.broadcast_to(np.asarray(first(q_pos, kv_pos)), (1,) * (len(sizes) - 2) + (T, S))
+            allowed = np.broadcast_to(np.asarray(first(q_pos, kv_pos)), (1,) * (len(axes.sizes) - 2) + (T, S))
             cells = np.where(allowed.reshape(T, S), "█", "·")
         else:
             empty, full = (np.asarray(x) for x in blocks(first, q_pos, kv_pos, block_q, block_kv))
@@ -115,12 +117,12 @@ class Mask(Value):
 
 
 def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> tuple[Any, Any]:
-    """Tells of each block of a laid out mask whether it is surely empty, and whether it is surely full.
+    """Tells of each block of a fitted mask whether it is surely empty, and whether it is surely full.
 
         empty_ij = not possible(mask on q block i, kv block j),   full_ij = certain(mask on q block i, kv block j)
 
     Args:
-      mask: a mask whose arrays are `[..., T, S]`, each axis full or 1.
+      mask: a mask whose arrays are `[..., T, S]`, each axis full or 1, or have no axes.
       q_pos: `[..., T, 1]` positions; NumPy positions and static masks give NumPy answers.
       kv_pos: `[..., 1, S]` positions.
       block_q: rows of a block. block_kv: its columns. What is left over makes a smaller last block.
@@ -133,20 +135,33 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
 
     def interval(array: Any) -> Interval:
         xp = np if isinstance(array, np.ndarray) else jnp
+        if array.ndim == 0:
+            return Interval(array, array)
         flat = array.reshape((math.prod(array.shape[:-2]), *array.shape[-2:]))
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
-    read = jax.tree.map(lambda part: part.by_block(interval), mask, is_leaf=_is_single)
+    read = _each(lambda part: part.by_block(interval), mask)
     verdict = Interval.of(read(interval(q_pos), interval(kv_pos)))
     static = all(isinstance(x, np.ndarray | np.bool_ | int) for x in (verdict.lo, verdict.hi, *shape))
     xp = np if static else jnp
     return ~xp.broadcast_to(verdict.hi, shape), xp.broadcast_to(verdict.lo, shape)
 
 
+def opened(mask: Mask) -> Mask:
+    """Returns the mask with what its functions close over, of an enclosing trace, among their arguments."""
+    return _each(lambda part: part.opened() if isinstance(part, Function) else part, mask)
+
+
 def known(mask: Mask) -> Mask:
     """Returns what is known of the mask while tracing: parts that carry arrays may allow, or may not."""
     nothing = Function(np.equal)  # is known of a function
-    return jax.tree.map(lambda part: nothing if jax.tree.leaves(part) else part, mask, is_leaf=_is_single)
+    return _each(lambda part: nothing if jax.tree.leaves(part) else part, mask)
+
+
+def _each(change: Callable[[Mask], Any], mask: Mask) -> Mask:
+    """Changes each mask that it is made of."""
+    changed: Mask = jax.tree.map(change, mask, is_leaf=_is_single)
+    return changed
 
 
 def _by_block(xp: Any, array: Any, block_q: int, block_kv: int, pick: str) -> Any:
@@ -322,13 +337,13 @@ class Segments(Mask):
         for name in ("q", "kv"):
             _check_array(f"Segments {name}", getattr(self, name), jnp.integer, 1, optional=name == "kv")
 
-    def lay_out(self, sizes: tuple[int, ...]) -> "Segments":
-        return super(Segments, self.replace(kv=self.q) if self.kv is None else self).lay_out(sizes)
+    def lettered(self, axes: Axes) -> "Segments":
+        return super(Segments, self.replace(kv=self.q) if self.kv is None else self).lettered(axes)
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return (self.q == self.kv) & (self.q >= 0)
 
-    def by_block(self, interval: Callable) -> Callable:
+    def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         # Padding is left out of the intervals of ids: it would make them overlap others.
         ids = self.q, self.kv
         least, greatest = ([interval(jnp.where(a < 0, other, a)) for a in ids] for other in (_INT32.max, -1))
@@ -375,13 +390,18 @@ class Function(Mask):
         object.__setattr__(self, "fn", fn)
         object.__setattr__(self, "args", args)
 
-    def by_block(self, interval: Callable) -> Callable:
+    def opened(self) -> "Function":
+        """Returns the mask with what `fn` closes over, of an enclosing trace, among its arguments."""
+        found = closures.opened(self.fn, (jnp.int32, jnp.int32), *self.args)
+        return self if found is None else self.replace(fn=found[0], args=(found[1], *self.args))
+
+    def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         return self  # whatever the arguments are
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         if isinstance(q_pos, Interval):
             return Interval(np.False_, np.True_)
-        allowed = self.fn(q_pos, kv_pos, *jax.tree.map(lambda a: a.reshape(a.shape[q_pos.ndim :]), self.args))
+        allowed = self.fn(q_pos, kv_pos, *self.args)
         if jnp.result_type(allowed) != jnp.bool_:
             raise TypeError(f"Function mask {self.fn!r} must return booleans, got {jnp.result_type(allowed)}")
         return jnp.asarray(allowed)
@@ -397,8 +417,8 @@ class _Joined(Mask):
     def is_ordered(self) -> bool:
         return any(mask.is_ordered for mask in self.masks)
 
-    def lay_out(self, sizes: tuple[int, ...]) -> Self:
-        return self.replace(masks=tuple(mask.lay_out(sizes) for mask in self.masks))
+    def lettered(self, axes: Axes) -> Self:
+        return self.replace(masks=tuple(mask.lettered(axes) for mask in self.masks))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return functools.reduce(self.operator, (mask(q_pos, kv_pos) for mask in self.masks))
@@ -431,8 +451,8 @@ class Not(Mask):
     def is_ordered(self) -> bool:
         return self.mask.is_ordered
 
-    def lay_out(self, sizes: tuple[int, ...]) -> "Not":
-        return self.replace(mask=self.mask.lay_out(sizes))
+    def lettered(self, axes: Axes) -> "Not":
+        return self.replace(mask=self.mask.lettered(axes))
 
     def __invert__(self) -> Mask:
         return self.mask
@@ -459,25 +479,6 @@ def as_mask(mask: Any) -> Mask:
         f"mask must be boolean, True where attending is allowed, got dtype {array.dtype}; "
         f"what is added to the scores is jattn.scores.Bias"
     )
-
-
-def guard(keep: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Puts 0 for queries that may attend to nothing and for keys and values that nobody may attend to.
-
-    They may hold NaN or Inf, and masking the scores is not enough: a weight of 0 times NaN is NaN, in the output and,
-    through the other operand, in every gradient.
-
-    Args:
-      keep: `[..., G, T, S]` bool. q: `[..., G, T, H]`. k: `[..., S, H]`. v: `[..., S, V]`.
-    """
-    asks = keep.sum(-1, dtype=jnp.int32) > 0  # `any` along the last axis takes XLA twice as long on a CPU
-    answers = keep.any((-3, -2))
-
-    def answering(x: jax.Array) -> jax.Array:
-        # Turned round, as directions of keys travel (see `sweep`): between a product and its transpose this would cost.
-        return jnp.swapaxes(jnp.where(answers[..., None, :], jnp.swapaxes(x, -1, -2), 0), -1, -2)
-
-    return jnp.where(asks[..., None], q, 0), answering(k), answering(v)
 
 
 def _earlier(pos: Any, count: Any) -> Any:
@@ -507,8 +508,8 @@ def _join(kind: type[_Joined], neutral: type[Mask], absorbing: type[Mask], a: Ma
     return different[0] if len(different) == 1 else kind(tuple(different))
 
 
-def _sizes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The leading dims of the mask as an array, and the sizes `[*B, K, G, T, S]` to lay it out for.
+def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
+    """The leading dims of the mask as an array, and the axes of a problem that it fits.
 
     Dims in front of a `Dense` mask's T and S are the batch and the heads, so a mask with one dim less has batch alone;
     without a `Dense` that has heads, leading dims are taken for the batch.
@@ -522,7 +523,13 @@ def _sizes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], tuple[int, ...]
             dims = shape[: max(len(shape) - own, 0)]
             lead.append((*dims, 1) if heads and len(dims) <= max(heads) else dims)
     whole = np.broadcast_shapes(*lead)
-    return whole, ((*whole, 1, T, S) if heads else (*whole, 1, 1, T, S))
+    batch, K = (whole[:-1], whole[-1]) if heads else (whole, 1)
+    return whole, Axes.of(batch, K, 1, T, S)
+
+
+def _heads_first(mask: Mask, axes: Axes) -> Any:
+    """The mask with arrays `[*batch, K, G, T, S]`, each axis full or 1."""
+    return fitted(mask.lettered(axes), Order("", axes.letters[:-1]))
 
 
 def _is_single(mask: Any) -> bool:
@@ -531,6 +538,7 @@ def _is_single(mask: Any) -> bool:
 
 
 def _positions(ndim: int, T: int, S: int, q_offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions `[..., T, 1]` and `[..., 1, S]` with `ndim` axes."""
     q_pos = np.arange(q_offset, q_offset + T, dtype=np.int32).reshape((1,) * (ndim - 2) + (T, 1))
     return q_pos, np.arange(S, dtype=np.int32).reshape((1,) * (ndim - 1) + (S,))
 

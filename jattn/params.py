@@ -1,5 +1,6 @@
 """The parameters of an attention layer: a NamedTuple of arrays, and the two ways to make one."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -65,10 +66,7 @@ def init(
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     context_dim = embed_dim if context_dim is None else context_dim
     sizes = dict(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, context_dim=context_dim)
-    sizes |= {n: s for n, s in dict(qk_dim=qk_dim, v_dim=v_dim, out_dim=out_dim).items() if s is not None}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive int, got {size!r}")
+    _check_sizes(sizes | {n: s for n, s in dict(qk_dim=qk_dim, v_dim=v_dim, out_dim=out_dim).items() if s is not None})
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a real floating dtype, got {jnp.dtype(dtype)}")
     checks.divides(num_kv_heads, num_heads)
@@ -80,11 +78,7 @@ def init(
     H = D // N if qk_dim is None else qk_dim
     V = D // N if v_dim is None else v_dim
     key_q, key_k, key_v, key_o = jax.random.split(key, 4)
-
-    def glorot(key: jax.Array, fan_in: int, fan_out: int, shape: tuple[int, ...]) -> jax.Array:
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    glorot = functools.partial(_glorot, dtype)
     return Params(
         wq=glorot(key_q, D, N * H, (D, N, H)),
         wk=glorot(key_k, C, K * H, (C, K, H)),
@@ -150,3 +144,14 @@ def from_matrices(
         checks.shape(name, array, letters[name], tuple(size[product] for product in letters[name].split(", ")))
     by_head = dict(wq=(D, N, H), wk=(C, K, H), wv=(C, K, V), wo=(N, V, E), bq=(N, H), bk=(K, H), bv=(K, V), bo=(E,))
     return Params(**{name: array.T.reshape(by_head[name]) for name, array in arrays.items()})
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+
+
+def _glorot(dtype: Any, key: jax.Array, fan_in: int, fan_out: int, shape: tuple[int, ...]) -> jax.Array:
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

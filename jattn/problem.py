@@ -1,24 +1,39 @@
-"""One attention problem, checked and laid out: what every implementation takes.
+"""One attention problem, checked, its arrays in the caller's order with letters; and a block of it, which is computed.
 
-Everything in it has one form, `[*B, K, G, T, S, ...]` with each axis full or 1, so that a block of the problem is the
-same slice of everything and is again a problem.
+logits = modifiers(scale * q·k)     keep = mask(q_pos, kv_pos)     Σ_s weight_s v_s
 """
 
 import functools
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from jattn import checks, masks, softmax
-from jattn.scores import Dropout, Modifier, Sink, as_scores
+from jattn import checks, letters, masks, softmax
+from jattn.intervals import Interval
+from jattn.letters import KEYS, ROWS, Axes, Lettered, Order
+from jattn.scores import Dropout, Function, Modifier, Sink, as_scores
 from jattn.softmax import Running
-from jattn.values import Interval, Value
+from jattn.target import Target
+from jattn.values import Value
 
 _ValueT = TypeVar("_ValueT", bound=Value)
+
+
+class Options(TypedDict, total=False):
+    """What may be said of a problem beside query, key and value; see `jattn.attention`."""
+
+    mask: masks.Mask | ArrayLike | None
+    scores: tuple[Value, ...]
+    scale: ArrayLike | None
+    q_offset: ArrayLike | None
+    q_positions: ArrayLike | None
+    kv_positions: ArrayLike | None
+    dropout: Dropout | None
 
 
 class Range(Value):
@@ -26,55 +41,64 @@ class Range(Value):
 
     start: int
 
-    def array(self, size: int) -> Any:
-        """The positions as int32 `[size]`, NumPy unless the size is symbolic."""
+    def array(self, size: Any) -> Any:
+        """Returns the positions as int32 `[size]`, NumPy unless the size is symbolic."""
         return (np if isinstance(size, int) else jnp).arange(size, dtype=np.int32) + np.int32(self.start)
 
 
 class Problem(NamedTuple):
-    """Queries, keys and values in heads-first form, and what is to happen between them."""
+    """Queries, keys and values, and what is to happen between them. Arrays have letters; `fitted`, they are bare."""
 
-    q: jax.Array  # [*B, K, G, T, 1, H]
-    k: jax.Array  # [*B, K, 1, 1, S, H]
-    v: jax.Array  # [*B, K, 1, 1, S, V]
-    scale: jax.Array  # [*1, 1, 1, 1, 1]
-    q_pos: jax.Array | Range  # [*B, 1, 1, T, 1]  int32
-    kv_pos: jax.Array | Range  # [*B, 1, 1, 1, S]  int32
+    q: Any  # [*batch, T, K, G, H]
+    k: Any  # [*batch, S, K, H]
+    v: Any  # [*batch, S, K, V]
+    scale: Any  # []
     mask: masks.Mask
-    modifiers: tuple[Modifier, ...] = ()
-    sink: Sink | None = None
-    dropout: Dropout | None = None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """(*B, K, G, T, S)"""
-        return (*self.q.shape[:-2], self.k.shape[-2])
+    modifiers: tuple[Modifier, ...]
+    sink: Sink | None
+    dropout: Dropout | None
+    q_pos: Any  # [*batch, T] int32, or a Range; these come last, so that a Range that becomes an array moves no leaf
+    kv_pos: Any  # [*batch, S] int32, or a Range
+    axes: Axes
 
     def with_positions(self) -> "Problem":
         """Returns the problem with its positions as arrays."""
-        T, S = self.sizes[-2:]
-        ones = (1,) * (self.q.ndim - 3)
-        q_pos = self.q_pos.array(T).reshape((*ones, T, 1)) if isinstance(self.q_pos, Range) else self.q_pos
-        kv_pos = self.kv_pos.array(S).reshape((*ones, 1, S)) if isinstance(self.kv_pos, Range) else self.kv_pos
-        return self._replace(q_pos=jnp.asarray(q_pos), kv_pos=jnp.asarray(kv_pos))
+        q_pos, kv_pos = self.q_pos, self.kv_pos
+        if isinstance(q_pos, Range):
+            q_pos = Lettered(jnp.asarray(q_pos.array(self.axes["T"])), "T")
+        if isinstance(kv_pos, Range):
+            kv_pos = Lettered(jnp.asarray(kv_pos.array(self.axes["S"])), "S")
+        return self._replace(q_pos=q_pos, kv_pos=kv_pos)
 
-    def widened(self) -> "Problem":
-        """Returns the problem with operands as wide as its sums, on a CPU, which multiplies nothing narrower faster."""
-        if jax.default_backend() != "cpu":
-            return self
-        wide = checks.wide(self.q)
-        return self._replace(q=self.q.astype(wide), k=self.k.astype(wide), v=self.v.astype(wide))
+    def with_operands(self, dtype: Any) -> "Problem":
+        """Returns the problem with q, k and v of another dtype."""
+        q, k, v = (a.replace(a.array.astype(dtype)) for a in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v)
 
-    def start(self) -> Running:
-        """The running softmax before any key, for queries `[*B, K, G, T]`."""
-        return softmax.start(self.sizes[:-1], self.v.shape[-1], checks.wide(self.q), self.sink_logits())
+    def whole(self, target: Target) -> "Block":
+        """Returns the whole problem as one block."""
+        problem = self.with_positions()
+        if target.is_cpu:
+            problem = problem.with_operands(checks.wide(problem.q.array))
+        return problem.block(target)
+
+    def block(self, target: Target) -> "Block":
+        """Returns the problem, which is a block of another, in the order in which it is computed."""
+        order = self.order()
+        return Block(letters.fitted(self, order), len(order.lead), target)
+
+    def order(self) -> Order:
+        """The order of a block's axes: several heads, then the rows, T and G together, then the keys."""
+        lead = self.q.letters.replace("T", "").replace("G", "")
+        return Order(lead, lead + ("TG" if "G" in self.q.letters else "T"))
 
     def all_take_part(self) -> bool:
         """Whether it is known while tracing that every query attends to some key, and every key is attended to.
 
-        What is looked at is the one at its own position or nearest to it, the first and the last: False is "not known".
+        It looks at the key at the query's own position or nearest to it, at the first and at the last. False means
+        that it is not known.
         """
-        T, S = self.sizes[-2:]
+        T, S = self.axes.shape("TS")
         static = isinstance(T, int) and isinstance(S, int) and T > 0 and S > 0 and not jax.tree.leaves(self.mask)
         if not static or not (isinstance(self.q_pos, Range) and isinstance(self.kv_pos, Range)):
             return False
@@ -90,69 +114,134 @@ class Problem(NamedTuple):
         asks = surely([(q_pos, key) for key in three(q_pos, kv_pos)])
         return asks and surely([(query, kv_pos) for query in three(kv_pos, q_pos)])
 
-    def take(self, state: Running, keep: jax.Array | None, guard: bool) -> Running:
+
+class Block(NamedTuple):
+    """A block of a problem, or the whole, in the order in which it is computed.
+
+    Rows are `[*lead, T, G]`, `lead` being the examples and key/value heads that are taken together and G going with the
+    rows; axes of 1 may be missing, but not T. Scores are `[*rows, S]`.
+    """
+
+    at: Problem  # q [*rows, H], k [*lead, S, H], v [*lead, S, V]; all else broadcasts against [*rows, S]
+    lead: int  # how many axes
+    target: Target
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of the rows."""
+        return tuple(self.at.q.shape[:-1])
+
+    def start(self) -> Running:
+        """The running softmax before any key."""
+        return softmax.start(self.rows, self.at.v.shape[-1], checks.wide(self.at.q), self.sink_logits())
+
+    def consume(self, state: Running, keep: jax.Array | None, guard: bool) -> Running:
         """Takes the keys that `keep` allows (None: all) into the running softmax.
 
-        Without `guard` all must take part, for then what takes none is not put to 0.
+        Args:
+          guard: puts queries and keys that take no part to 0. Without it all must take part.
         """
-        s, v = self.scores(keep if guard else None)
-        return softmax.update(state, s, v, keep, self.factor())
+        s, v = self.logits(keep if guard else None)
+        factor = self.factor()
+        return softmax.update(state, s, keep, lambda p: self.weigh(p if factor is None else p * factor, v))
 
     def keep(self) -> jax.Array | None:
-        """Which scores count, `[*B, K, G, T, S]`; None for all."""
-        if isinstance(self.mask, masks.Full):
+        """Which scores count, bool, broadcastable to the scores; None for all."""
+        if isinstance(self.at.mask, masks.Full):
             return None
-        return jnp.broadcast_to(self.mask(self.q_pos, self.kv_pos), self.sizes)
+        keep: jax.Array = jnp.asarray(self.at.mask(self.at.q_pos, self.at.kv_pos))
+        return keep if keep.ndim else jnp.broadcast_to(keep, (1,) * len(self.rows) + self.at.k.shape[-2:-1])
 
-    def scores(self, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Returns the scores before the mask, `[*B, K, G, T, S]`, and the values, `[*B, K, S, V]`.
+    def logits(self, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits before the mask, `[*rows, S]`, and the values, `[*lead, S, V]`.
 
-            s_gts = modifiers(scale * q_gt·k_s)
+            s_ts = modifiers(scale * q_t·k_s)
 
         float32 or wider. With `keep`, operands that take no part are 0, whatever they held.
         """
-        q, k, v = self.q[..., 0, :], self.k[..., 0, 0, :, :], self.v[..., 0, 0, :, :]
+        q, k, v = self.at.q, self.at.k, self.at.v
         if keep is not None:
-            q, k, v = masks.guard(keep, q, k, v)
-        wide, scale = checks.wide(q), self.scale.astype(checks.wide(q))
-        # Scaling narrow queries would round them once more. One axis of rows, G and T together: with two, XLA copies
-        # the scores to sum over them.
-        rows = (q * scale if q.dtype == wide else q).reshape((*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
-        if softmax.are_few(rows.shape[-2]):  # XLA reads the keys faster when they come first
-            s = jnp.swapaxes(jnp.einsum("...rh,...sh->...sr", rows, k, preferred_element_type=wide), -1, -2)
-        else:
-            s = jnp.einsum("...rh,...sh->...rs", rows, k, preferred_element_type=wide)
-        s = s.reshape(self.sizes)
+            q, k, v = self._guarded(keep)
+        wide, scale = checks.wide(q), self.at.scale.astype(checks.wide(q))
+        # Scaling narrow queries would round them once more.
+        s = self._product(q * scale if q.dtype == wide else q, k, wide)
         s = s if q.dtype == wide else s * scale
-        for modifier in self.modifiers:
-            s = modifier(s, self.q_pos, self.kv_pos)
+        for modifier in self.at.modifiers:
+            s = modifier(s, self.at.q_pos, self.at.kv_pos)
         return s, v
 
+    def weigh(self, p: jax.Array, v: jax.Array) -> jax.Array:
+        """Sums values by weights: `[*rows, S]`, `[*lead, S, V]` -> `[*rows, V]`, in the dtype of the weights."""
+        rows, S = self._as_one_axis(p.astype(v.dtype)), v.shape[-2]
+        if self._are_few(rows) and isinstance(S, int) and S % 512 == 0:
+            # Products of 512 keys each, because the sum of one product stays on one core.
+            rows = rows.reshape((*rows.shape[:-1], S // 512, 512))
+            parts = v.reshape((*v.shape[:-2], S // 512, 512, v.shape[-1]))
+            sums = jnp.einsum("...rcs,...csv->...crv", rows, parts, preferred_element_type=p.dtype).sum(-3)
+        else:
+            sums = _dot(rows, v, -2, p.dtype)
+        return sums.reshape((*self.rows, v.shape[-1]))
+
     def factor(self) -> jax.Array | None:
-        """What dropout multiplies the weights by, `[*B, K, G, T, S]` or 1 for T; None for 1."""
-        if self.dropout is None:
+        """What dropout multiplies the weights by, broadcastable to the scores; None for 1."""
+        if self.at.dropout is None:
             return None
-        kept = self.dropout(self.q_pos, self.kv_pos)
-        return kept.astype(checks.wide(self.q)) / (1 - self.dropout.rate)
+        kept = self.at.dropout(self.at.q_pos, self.at.kv_pos)
+        return kept.astype(checks.wide(self.at.q)) / (1 - self.at.dropout.rate)
 
     def sink_logits(self) -> jax.Array | None:
-        """The logits of the sink, `[*B, K, G, 1]`; None without."""
-        return None if self.sink is None else self.sink.logits[..., 0].astype(checks.wide(self.q))
+        """The logits of the sink, broadcastable to the rows; None without."""
+        if self.at.sink is None:
+            return None
+        logits: jax.Array = self.at.sink.logits.astype(checks.wide(self.at.q))
+        return logits[..., 0] if logits.ndim else logits
+
+    def _guarded(self, keep: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Puts 0 for queries that may attend to nothing and for keys and values that nobody may attend to.
+
+        They may hold NaN or Inf, and masking the scores is not enough: a weight of 0 times NaN is NaN, in the output
+        and, through the other operand, in every gradient.
+        """
+        asks = keep.sum(-1, dtype=jnp.int32) > 0  # `any` along the last axis takes XLA twice as long on a CPU
+        answers = keep.any(tuple(range(self.lead, keep.ndim - 1)))
+
+        def answering(x: jax.Array) -> jax.Array:
+            # Turned round, as directions of keys travel (see `loops`): between a product and its transpose it costs.
+            return jnp.swapaxes(jnp.where(answers[..., None, :], jnp.swapaxes(x, -1, -2), 0), -1, -2)
+
+        return jnp.where(asks[..., None], self.at.q, 0), answering(self.at.k), answering(self.at.v)
+
+    def _product(self, q: jax.Array, k: jax.Array, wide: Any) -> jax.Array:
+        # One axis of rows, T and G together: with two, XLA copies the scores to sum over them.
+        rows = self._as_one_axis(q)
+        # Where rows are few, XLA reads the keys faster when they come first.
+        s = jnp.swapaxes(_dot(k, rows, -1, wide), -1, -2) if self._are_few(rows) else _dot(rows, k, -1, wide)
+        return s.reshape((*self.rows, k.shape[-2]))
+
+    def _as_one_axis(self, x: jax.Array) -> jax.Array:
+        """[*lead, T, G, ...] -> [*lead, T * G, ...]"""
+        inner = self.rows[self.lead :]
+        return x if len(inner) == 1 else x.reshape((*self.rows[: self.lead], inner[0] * inner[1], x.shape[-1]))
+
+    def _are_few(self, rows: jax.Array) -> bool:
+        """Whether a product has so few rows that what counts is how a CPU reads the other factor."""
+        return self.target.is_cpu and isinstance(rows.shape[-2], int) and rows.shape[-2] <= 16
 
 
-def lay_out(
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Any = None,
-    scores: Any = (),
-    scale: Any = None,
-    q_offset: Any = None,
-    q_positions: Any = None,
-    kv_positions: Any = None,
-    dropout: Any = None,
-) -> Problem:
-    """Checks the arguments of `attention` and lays them out; see there for what they mean and what is refused."""
+def _dot(a: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """Sums products over the last axis of `a` and an `axis` of `b`, the last or last but one, in `dtype`.
+
+    The leading axes are in common; axes of 1 broadcast. An einsum would say it too, and take longer to trace.
+    """
+    lead = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (jnp.broadcast_to(x, (*lead, *x.shape[-2:])) if x.shape[:-2] != lead else x for x in (a, b))
+    batch = tuple(range(len(lead)))
+    over = (a.ndim - 1,), (axis % b.ndim,)
+    return lax.dot_general(a, b, (over, (batch, batch)), preferred_element_type=dtype)
+
+
+def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
+    """Checks the arguments of `attention` and gives them letters; see there for what they mean and what is refused."""
     query, key, value = checks.floating("query", query), checks.floating("key", key), checks.floating("value", value)
     checks.rank("query", query, "..., T, N, H")
     checks.rank("key", key, "..., S, K, H")
@@ -163,104 +252,91 @@ def lay_out(
     _check_shape("key", key, "..., S, K, H", (*batch, S, K, H))
     _check_shape("value", value, "..., S, K, V", (*batch, S, K, V))
     checks.divides(K, N)
-    G = N // K
-    sizes = (*batch, K, G, T, S)
-    mask, modifiers = masks.as_mask(mask), as_scores(scores)
+    axes = Axes.of(batch, K, N // K, T, S)
+    mask, modifiers = masks.as_mask(options.get("mask")), as_scores(options.get("scores", ()))
+    dropout = options.get("dropout")
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be a jattn.Dropout(rate, key) or None, got {dropout!r}")
-    q_pos, kv_pos = _lay_out_positions(q_offset, q_positions, kv_positions, sizes)
-    if T != S and q_offset is None and q_positions is None:
+    q_pos, kv_pos = _positions(options, axes)
+    if T != S and options.get("q_offset") is None and options.get("q_positions") is None:
         _refuse_to_guess(mask, modifiers, T, S)
-    if H == 0 and scale is None:
-        raise ValueError("scale=None is 1/sqrt(H), and query has H=0: give scale=")
-    scale = checks.as_array("scale", 1 / math.sqrt(H) if scale is None else scale)
-    if scale.ndim or not (jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)):
-        raise ValueError(f"scale must be one real number, got {scale.dtype}{list(scale.shape)}")
+    scale = _scale(options.get("scale"), H)
     wide = checks.wide(query, key, value)
     dtype = query.dtype if query.dtype == key.dtype == value.dtype else wide  # one for the operands of the products
-    q = move(query.astype(dtype).reshape((*batch, T, K, G, 1, H)), -5, -3)
-    k = move(key.astype(dtype).reshape((*batch, S, K, 1, 1, H)), -5, -2)
-    v = move(value.astype(dtype).reshape((*batch, S, K, 1, 1, V)), -5, -2)
     sink = next((score for score in modifiers if isinstance(score, Sink)), None)
+    q = query.astype(dtype).reshape((*batch, T, K, N // K, H))
     return Problem(
-        q=q,
-        k=k,
-        v=v,
-        scale=scale.astype(wide).reshape((1,) * len(sizes)),
+        q=Lettered.bare(q, axes.batch + "TKG", ROWS, "T"),
+        k=Lettered.bare(key.astype(dtype), axes.batch + "SK", KEYS, "S"),
+        v=Lettered.bare(value.astype(dtype), axes.batch + "SK", KEYS, "S"),
+        scale=Lettered(scale.astype(wide), ""),
+        mask=_lettered("mask", masks.opened(mask), axes),
+        modifiers=tuple(_lettered("scores", m, axes) for m in _opened(modifiers, wide)),
+        sink=None if sink is None else _lettered("scores", sink, axes),
+        dropout=None if dropout is None or dropout.rate == 0 else dropout.lettered(axes),
         q_pos=q_pos,
         kv_pos=kv_pos,
-        mask=_fit("mask", mask, sizes),
-        modifiers=tuple(_fit("scores", score, sizes) for score in modifiers if isinstance(score, Modifier)),
-        sink=None if sink is None else _fit("scores", sink, sizes),
-        dropout=None if dropout is None or dropout.rate == 0 else dropout.lay_out(sizes),
+        axes=axes,
     )
 
 
-def move(array: jax.Array, source: int, destination: int) -> jax.Array:
-    """`jnp.moveaxis` with the axes of 1 left out of the transpose, except those in front of it (the batch).
-
-    XLA drops a transpose that undoes the one before it, the caller's too, but not across axes of 1 that come between.
-    """
-    source, destination = source % array.ndim, destination % array.ndim
-    order = list(range(array.ndim))
-    order.insert(destination, order.pop(source))
-    front = min(source, destination)
-    bare = [a for a, size in enumerate(array.shape) if a < front or not (isinstance(size, int) and size == 1)]
-    permutation = [bare.index(axis) for axis in order if axis in bare]
-    array_bare = array.reshape([array.shape[axis] for axis in bare])
-    if permutation != sorted(permutation):
-        array_bare = array_bare.transpose(permutation)
-    return array_bare.reshape([array.shape[axis] for axis in order])
+def _opened(scores: tuple[Value, ...], dtype: Any) -> list[Modifier]:
+    modifiers = [score for score in scores if isinstance(score, Modifier)]
+    return [m.opened(dtype) if isinstance(m, Function) else m for m in modifiers]
 
 
-def take_slice(array: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """`lax.dynamic_slice_in_dim` within a loop, whose slices alone are widened when they are wanted wider.
-
-    XLA has no narrow floats on a CPU. It widens what is sliced, and because that is the same array each time, it would
-    do so before the loop; the barrier says that it is not.
-    """
-    if checks.is_narrow(array) and jax.default_backend() == "cpu":
-        array, start = lax.optimization_barrier((array, start))
-    return lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
-def _fit(name: str, value: _ValueT, sizes: tuple[Any, ...]) -> _ValueT:
+def _lettered(name: str, value: _ValueT, axes: Axes) -> _ValueT:
     try:
-        return value.lay_out(sizes)
+        return value.lettered(axes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _check_shape(name: str, array: jax.Array, letters: str, sizes: tuple[Any, ...]) -> None:
+def _scale(scale: Any, H: int) -> jax.Array:
+    if H == 0 and scale is None:
+        raise ValueError("scale=None is 1/sqrt(H), and query has H=0: give scale=")
+    number = checks.as_array("scale", 1 / math.sqrt(H) if scale is None else scale)
+    if number.ndim or not (jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)):
+        raise ValueError(f"scale must be one real number, got {number.dtype}{list(number.shape)}")
+    return number
+
+
+def _check_shape(name: str, array: jax.Array, spelled: str, sizes: tuple[Any, ...]) -> None:
     # Not left to chex: leading dims of 1 would broadcast, and the numbers be wrong.
     if array.shape != sizes:
-        wanted = f"[{letters}] = {list(sizes)} to fit query [..., T, N, H] and its fellow"
+        wanted = f"[{spelled}] = {list(sizes)} to fit query [..., T, N, H] and its fellow"
         raise ValueError(f"{name} must be {wanted}, got shape {list(array.shape)}")
 
 
-def _lay_out_positions(
-    q_offset: Any, q_positions: Any, kv_positions: Any, sizes: tuple[int, ...]
-) -> tuple[jax.Array | Range, jax.Array | Range]:
-    *batch, _, _, T, S = sizes
+def _positions(options: Options, axes: Axes) -> tuple[Lettered | Range, Lettered | Range]:
+    q_offset, q_positions = options.get("q_offset"), options.get("q_positions")
     if q_offset is not None and q_positions is not None:
         raise ValueError("q_offset and q_positions say the same thing twice: give one of them")
-
-    def spread(name: str, array: Any, own: tuple[int, ...], letters: str, tail: tuple[int, ...]) -> jax.Array:
-        array = checks.integer(name, array)
-        lead = array.shape[: array.ndim - len(own)]
-        fits = array.shape[array.ndim - len(own) :] == own and len(lead) <= len(batch)
-        if not fits or any(d not in (1, b) for d, b in zip(lead[::-1], batch[::-1], strict=False)):
-            size = f" and {letters[-1]} = {own[0]}" if own else ""
-            raise ValueError(f"{name} must be [{letters}] with ...={tuple(batch)}{size}, got shape {array.shape}")
-        return array.reshape((1,) * (len(batch) - len(lead)) + lead + (1, 1, *tail))
-
-    kv_pos = Range(0) if kv_positions is None else spread("kv_positions", kv_positions, (S,), "..., S", (1, S))
+    given = options.get("kv_positions")
+    kv_pos = Range(0) if given is None else _given_positions("kv_positions", given, axes, "S")
     if q_positions is not None:
-        return spread("q_positions", q_positions, (T,), "..., T", (T, 1)), kv_pos
+        return _given_positions("q_positions", q_positions, axes, "T"), kv_pos
     if q_offset is None or (isinstance(q_offset, int | np.integer) and not isinstance(q_offset, bool)):
         return Range(int(q_offset or 0)), kv_pos
-    offset = spread("q_offset", q_offset, (), "...", (1, 1))
-    return offset + jnp.arange(T, dtype=jnp.int32).reshape((1,) * (len(sizes) - 2) + (T, 1)), kv_pos
+    offset = _given_positions("q_offset", q_offset, axes, "")
+    steps = jnp.arange(axes["T"], dtype=jnp.int32)
+    lead = len(offset.letters)
+    return Lettered(
+        jnp.expand_dims(offset.array, lead) + jnp.expand_dims(steps, range(lead)), offset.letters + "T"
+    ), kv_pos
+
+
+def _given_positions(name: str, array: Any, axes: Axes, own: str) -> Lettered:
+    """Positions `[*lead, *own]`, the lead aligned right with the batch."""
+    array = checks.integer(name, array)
+    batch, split = axes.shape(axes.batch), array.ndim - len(own)
+    lead = array.shape[: max(split, 0)]
+    fits = array.shape[max(split, 0) :] == axes.shape(own) and len(lead) <= len(batch)
+    if not fits or any(d not in (1, b) for d, b in zip(lead[::-1], batch[::-1], strict=False)):
+        spelled = "..., " + own if own else "..."
+        size = f" and {own} = {axes[own]}" if own else ""
+        raise ValueError(f"{name} must be [{spelled}] with ...={batch}{size}, got shape {array.shape}")
+    return Lettered.bare(array, axes.batch[len(batch) - split :] + own, kept=own)
 
 
 def _refuse_to_guess(mask: masks.Mask, modifiers: tuple[Value, ...], T: int, S: int) -> None:

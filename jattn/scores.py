@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
-from jattn import checks
+from jattn import checks, closures
+from jattn.letters import Axes, Lettered
 from jattn.values import Value
 
 
@@ -28,9 +29,9 @@ class Modifier(Value):
         """Returns the changed scores.
 
         Args:
-          score: `[..., T, S]`, float32 or wider.
-          q_pos: int32 `[..., T, 1]`.
-          kv_pos: int32 `[..., 1, S]`.
+          score: `[..., T, ..., S]`, float32 or wider; the heads may stand on either side of T.
+          q_pos: int32 `[..., T, ..., 1]`.
+          kv_pos: int32 `[..., 1, ..., S]`.
         """
         raise NotImplementedError
 
@@ -50,7 +51,8 @@ class Bias(Modifier):
         _floating("Bias array", self.array)
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
-        return score + self.array.astype(score.dtype)
+        added: jax.Array = self.array.astype(score.dtype)
+        return score + added
 
 
 class SoftCap(Modifier):
@@ -90,7 +92,8 @@ class ALiBi(Modifier):
         _check_per_head("ALiBi slopes", self.slopes)
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
-        return score - self.slopes.astype(score.dtype) * jnp.abs(q_pos - kv_pos).astype(score.dtype)
+        slopes: jax.Array = self.slopes.astype(score.dtype)
+        return score - slopes * jnp.abs(q_pos - kv_pos).astype(score.dtype)
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:
@@ -154,13 +157,14 @@ class RelativePosition(Modifier):
                 f"a bucket of their own, got {self.max_distance}"
             )
 
-    def lay_out(self, sizes: tuple[int, ...]) -> "RelativePosition":
-        *batch, K, G, _, _ = sizes
+    def lettered(self, axes: Axes) -> "RelativePosition":
         buckets, N = self.table.shape
-        if N not in (1, K * G):
-            raise ValueError(f"RelativePosition table must be [buckets, N={K * G} or 1], got shape {self.table.shape}")
-        heads = (1, 1) if N == 1 else (K, G)
-        return self.replace(table=self.table.T.reshape((1,) * len(batch) + heads + (1, 1, buckets)))
+        heads = axes.shape("KG")
+        if N not in (1, heads[0] * heads[1]):
+            wanted = f"[buckets, N={heads[0] * heads[1]} or 1]"
+            raise ValueError(f"RelativePosition table must be {wanted}, got shape {self.table.shape}")
+        table = self.table.T.reshape((1, 1, buckets) if N == 1 else (*heads, buckets))
+        return self.replace(table=Lettered.bare(table, "KG"))
 
     def bucket(self, distance: jax.Array, buckets: int) -> jax.Array:
         """Returns the bucket of each distance kv_pos - q_pos."""
@@ -178,11 +182,12 @@ class RelativePosition(Modifier):
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         buckets = self.table.shape[-1]
+        shared = self.table.ndim == 1  # by all heads
+        table = self.table.reshape(
+            (1,) * (score.ndim - 1) + (buckets,) if shared else (*self.table.shape[:-2], buckets)
+        )
         bucket = self.bucket(kv_pos - q_pos, buckets)
-        flat = bucket.reshape((*bucket.shape[:-2], bucket.shape[-2] * bucket.shape[-1]))
-        table = self.table.astype(score.dtype).reshape((*self.table.shape[: score.ndim - 2], buckets))
-        added = jnp.take_along_axis(table, flat, axis=-1, mode="promise_in_bounds")
-        return score + added.reshape(added.shape[:-1] + bucket.shape[-2:])
+        return score + jnp.take_along_axis(table.astype(score.dtype), bucket, axis=-1, mode="promise_in_bounds")
 
 
 class Function(Modifier):
@@ -204,9 +209,17 @@ class Function(Modifier):
         if not callable(self.fn):
             raise TypeError(f"Function fn must be callable, fn(score, q_pos, kv_pos, params), got {self.fn!r}")
 
+    def opened(self, dtype: Any) -> "Function":
+        """Returns the modifier with what `fn` closes over, of an enclosing trace, among its parameters.
+
+        Args:
+          dtype: of the scores.
+        """
+        found = closures.opened(self.fn, (dtype, jnp.int32, jnp.int32), self.params)
+        return self if found is None else self.replace(fn=_unpacking(found[0]), params=(found[1], self.params))
+
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
-        params = jax.tree.map(lambda a: a.reshape(a.shape[score.ndim :]), self.params)
-        changed = self.fn(score, q_pos, kv_pos, params)
+        changed: jax.Array = self.fn(score, q_pos, kv_pos, self.params)
         if jnp.shape(changed) != score.shape or jnp.result_type(changed) != score.dtype:
             raise ValueError(
                 f"Function scores must return {score.dtype}{list(score.shape)} as they came, "
@@ -263,18 +276,24 @@ class Dropout(Value):
                 f"Dropout key must be one JAX random key (jax.random.key(seed)), got {self.key!r}"
             ) from error
 
-    def lay_out(self, sizes: tuple[int, ...]) -> "Dropout":
-        """Returns the value with, for its key, two words for each batch element and head, `[*B, K, G, 1, 1]` each."""
-        *batch, K, G, _, _ = sizes
+    def lettered(self, axes: Axes) -> "Dropout":
+        """Returns the value with, for its key, two words for each batch element and head, `[*batch, K, G]` each."""
+        *batch, K, G, _, _ = axes.sizes
         words = jax.random.bits(self.key, (2,), jnp.uint32)
-        element = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape((*batch, 1, 1, 1, 1))
-        head = jnp.arange(K * G, dtype=jnp.uint32).reshape((1,) * len(batch) + (K, G, 1, 1))
-        return self.replace(key=_threefry(words[0], words[1], element, head))
+        element = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape((*batch, 1, 1))
+        head = jnp.arange(K * G, dtype=jnp.uint32).reshape((1,) * len(batch) + (K, G))
+        both = _threefry(words[0], words[1], element, head)
+        return self.replace(key=tuple(Lettered.bare(word, axes.letters[:-2]) for word in both))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> jax.Array:
-        """Returns whether each weight stays, bool `[..., T, S]`."""
+        """Returns whether each weight stays, bool, in the shape of the scores."""
         bits, _ = _threefry(self.key[0], self.key[1], q_pos.astype(jnp.uint32), kv_pos.astype(jnp.uint32))
-        return bits >= jnp.uint32(round(self.rate * 2**32))
+        stays: jax.Array = bits >= jnp.uint32(round(self.rate * 2**32))
+        return stays
+
+
+def _unpacking(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda score, q_pos, kv_pos, params: fn(score, q_pos, kv_pos, *params)
 
 
 def as_scores(scores: Any) -> tuple[Value, ...]:

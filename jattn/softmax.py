@@ -6,7 +6,7 @@ Triples over disjoint keys form a monoid, so keys can be taken in any grouping a
 `lse = m + log l` come at the end. Milakov and Gimelshein, 2018 (arXiv:1805.02867).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,38 +25,43 @@ class Running(NamedTuple):
     o: jax.Array  # [..., T, V]  the sum of the values, weighed by the exponentials
 
 
-def start(shape: tuple[int, ...], V: int, dtype: jnp.dtype, sink: jax.Array | None = None) -> Running:
-    """The triple over no keys, for queries `[..., T]`; or over a sink: one logit `[..., 1]` of `dtype` with value 0."""
+def least(dtype: Any) -> Any:
+    """Returns the least finite number, which stands for -inf: -inf - -inf is nan, and it would trip jax_debug_infs."""
+    return jnp.finfo(dtype).min
+
+
+def start(shape: tuple[int, ...], V: int, dtype: Any, sink: jax.Array | None = None) -> Running:
+    """The triple over no keys, for queries `shape`; or over a sink, a logit for each query, whose value is 0."""
     o = jnp.zeros((*shape, V), dtype)
     if sink is None:
-        # The least finite number in place of -inf: -inf - -inf is nan, and it would trip jax_debug_infs.
-        return Running(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype), o)
+        return Running(jnp.full(shape, least(dtype), dtype), jnp.zeros(shape, dtype), o)
     sink = jnp.broadcast_to(sink, shape)
-    m = lax.stop_gradient(jnp.maximum(sink, jnp.finfo(dtype).min))  # a sink of -inf is none
+    m = lax.stop_gradient(jnp.maximum(sink, least(dtype)))  # a sink of -inf is none
     return Running(m, jnp.exp(sink - m), o)
 
 
 def update(
-    state: Running, s: jax.Array, v: jax.Array, keep: jax.Array | None = None, factor: jax.Array | None = None
+    state: Running,
+    s: jax.Array,
+    keep: jax.Array | None,
+    weigh: Callable[[jax.Array], jax.Array],
 ) -> Running:
     """Takes in more keys.
 
-        m' = max(m, max_s s)    l' = l e^(m-m') + Σ_s e^(s-m')    o' = o e^(m-m') + Σ_s factor_s e^(s-m') v_s
+        m' = max(m, max_s s)    l' = l e^(m-m') + Σ_s e^(s-m')    o' = o e^(m-m') + weigh(e^(s-m'))
 
     Args:
-      state: for queries `[..., G, T]`.
-      s: `[..., G, T, S]` scores.
-      v: `[..., S, V]` values.
+      state: for queries `[..., T]`.
+      s: `[..., T, S]` logits.
       keep: bool, broadcastable to `s`: False keys do not count. None: all do.
-      factor: broadcastable to `s`, of weights on their way to the values (dropout). None: 1.
+      weigh: sums the values by weights, `[..., T, S]` to `[..., T, V]`.
     """
-    least = jnp.finfo(s.dtype).min
-    highest = jnp.max(s if keep is None else jnp.where(keep, s, least), axis=-1, initial=least)
+    lowest = least(s.dtype)
+    highest = jnp.max(s if keep is None else jnp.where(keep, s, lowest), axis=-1, initial=lowest)
     m = lax.stop_gradient(jnp.maximum(state.m, highest))
     p = exponentials(s, m, keep)
     rescale = jnp.exp(state.m - m)
-    weights = p if factor is None else p * factor
-    return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + weigh(weights, v))
+    return Running(m, state.l * rescale + p.sum(-1), state.o * rescale[..., None] + weigh(p))
 
 
 def exponentials(s: jax.Array, m: jax.Array, keep: jax.Array | None = None) -> jax.Array:
@@ -64,24 +69,6 @@ def exponentials(s: jax.Array, m: jax.Array, keep: jax.Array | None = None) -> j
     # exp(-1e4) is 0; -inf would trip jax_debug_infs. Behind the subtraction: a row that keeps nothing has the least m.
     shifted = s - m[..., None]
     return jnp.exp(shifted if keep is None else jnp.where(keep, shifted, -1e4))
-
-
-def weigh(p: jax.Array, v: jax.Array) -> jax.Array:
-    """Sums values by weights: `[..., G, T, S]`, `[..., S, V]` -> `[..., G, T, V]`, in the dtype of the weights."""
-    *lead, G, T, S = p.shape
-    rows = p.astype(v.dtype).reshape((*lead, G * T, S))
-    if are_few(G * T) and isinstance(S, int) and S % 512 == 0:
-        # Products of 512 keys each, because the sum of one product stays on one core.
-        rows, v = rows.reshape((*lead, G * T, S // 512, 512)), v.reshape((*lead, S // 512, 512, v.shape[-1]))
-        sums = jnp.einsum("...rcs,...csv->...crv", rows, v, preferred_element_type=p.dtype).sum(-3)
-    else:
-        sums = jnp.einsum("...rs,...sv->...rv", rows, v, preferred_element_type=p.dtype)
-    return sums.reshape((*lead, G, T, v.shape[-1]))
-
-
-def are_few(rows: Any) -> bool:
-    """Whether a product has so few rows that what counts is how a CPU reads the other factor."""
-    return jax.default_backend() == "cpu" and isinstance(rows, int) and rows <= 16
 
 
 @jax.jit
@@ -134,11 +121,11 @@ def merge(parts: Sequence[tuple[ArrayLike, ArrayLike]]) -> tuple[jax.Array, jax.
             )
     dtype = checks.wide(*outs, *lses)
     stacked = jnp.stack(lses).astype(dtype)
-    live = stacked != -jnp.inf
+    holds = stacked != -jnp.inf
     # The double where: an lse of -inf must not reach the exponential, or its gradient is nan.
-    finite = jnp.where(live, stacked, 0)
-    m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))
-    weight = jnp.where(live, jnp.exp(jnp.where(live, finite - m[None], 0)), 0)
-    held = jnp.where(live[..., None], jnp.stack(outs).astype(dtype), 0)  # whatever is in a part that holds nothing
+    finite = jnp.where(holds, stacked, 0)
+    m = lax.stop_gradient(jnp.max(jnp.where(holds, stacked, least(dtype)), axis=0))
+    weight = jnp.where(holds, jnp.exp(jnp.where(holds, finite - m[None], 0)), 0)
+    held = jnp.where(holds[..., None], jnp.stack(outs).astype(dtype), 0)  # whatever is in a part that holds nothing
     total = Running(m, weight.sum(0), (weight[..., None] * held).sum(0))
     return output(total).astype(outs[0].dtype), log_sum_exp(total).astype(lses[0].dtype)

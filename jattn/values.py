@@ -1,11 +1,8 @@
-"""Values: what masks and score modifiers have in common, and the interval arithmetic that tells of a block at once.
+"""Values: what masks and score modifiers have in common.
 
-A value is frozen, compared by content, and a pytree whose arrays are dynamic and whose numbers are static, so that it
-passes through jit, vmap and scan and closes over nothing. `lay_out` gives every array that it carries one form:
-
-    [*B, K, G, T, S, ...]    each axis full or 1, whatever follows S belongs to the value alone
-
-so that a block of an attention problem is the same slice of everything, and every implementation can take it.
+A value is frozen, compared by content, and a pytree whose arrays are dynamic and whose numbers are static. So it passes
+through jit, vmap and scan. `lettered` gives every array that it carries the letters of its axes, for a problem of given
+axes, so that a block of the problem takes the same slice of everything.
 """
 
 import dataclasses
@@ -14,6 +11,8 @@ from typing import Any, ClassVar, Self, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jattn.letters import WHOLE, Axes, Lettered
 
 Array = jax.Array | np.ndarray
 
@@ -29,15 +28,23 @@ class Value:
     axes: ClassVar[dict[str, str]] = {}
     payload: ClassVar[tuple[str, ...]] = ()
 
+    _fields: ClassVar[tuple[str, ...]] = ()
+
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        cls._fields = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
         jax.tree_util.register_pytree_node(cls, cls._flatten, cls._unflatten)
 
     def _flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        dynamic = tuple(name for name, value in fields.items() if name in self.payload or not _is_static(value))
-        static = tuple((name, value) for name, value in fields.items() if name not in dynamic)
-        return tuple(fields[name] for name in dynamic), (dynamic, static)
+        children, dynamic, static = [], [], []
+        for name in self._fields:
+            value = getattr(self, name)
+            if name in self.payload or not _is_static(value):
+                children.append(value)
+                dynamic.append(name)
+            else:
+                static.append((name, value))
+        return tuple(children), (tuple(dynamic), tuple(static))
 
     @classmethod
     def _unflatten(cls, aux: tuple[Any, ...], children: Any) -> Self:
@@ -58,51 +65,53 @@ class Value:
         return hash((tree, *(np.shape(leaf) for leaf in leaves)))
 
     def __repr__(self) -> str:
-        fields = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        fields = (getattr(self, name) for name in self._fields)
         return f"{type(self).__name__}({', '.join(map(_show, fields))})"
 
-    def lay_out(self, sizes: tuple[int, ...]) -> Self:
-        """Returns the value with its arrays in the form `[*B, K, G, T, S, ...]`, where `sizes` is `(*B, K, G, T, S)`.
+    def lettered(self, axes: Axes) -> Self:
+        """Returns the value with letters on its arrays, for a problem with these axes.
 
         The leading dims of an array are the batch dims, aligned right; one more than the batch has is a head axis.
         ValueError if an array does not fit.
         """
         changes: dict[str, Any] = {}
         for name in self.payload:
-            ones = (1,) * len(sizes)
-            changes[name] = jax.tree.map(lambda a: jnp.asarray(a).reshape(ones + np.shape(a)), getattr(self, name))  # noqa: B023
+            changes[name] = jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), getattr(self, name))
         for name, own_axes in self.axes.items():
             array = getattr(self, name)
             if not _is_static(array):
-                changes[name] = _lay_out(array, own_axes, sizes, f"{type(self).__name__}.{name}")
+                changes[name] = _lettered(array, own_axes, axes, f"{type(self).__name__}.{name}")
         return self.replace(**changes) if changes else self
 
     def replace(self, **changes: Any) -> Self:
         """Returns the value with some fields changed, unchecked."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {name: getattr(self, name) for name in self._fields}
         return self._unflatten(((), tuple((fields | changes).items())), ())
 
 
-def _lay_out(array: Array, own_axes: str, sizes: tuple[int, ...], name: str) -> Array:
-    *batch, K, G, T, S = sizes
-    full = dict(N=K * G, T=T, S=S)
-    split = max(np.ndim(array) - len(own_axes), 0)
-    shape = (1,) * (len(own_axes) - np.ndim(array)) + np.shape(array)
-    lead, own = shape[:split], dict(zip(own_axes, shape[split:], strict=True))
-    if "N" not in own_axes and len(lead) == len(batch) + 1:
-        lead, own["N"] = lead[:-1], lead[-1]
-    lead = (1,) * (len(batch) - len(lead)) + lead
-    fits = len(lead) == len(batch) and all(d in (1, b) for d, b in zip(lead, batch, strict=True))
-    if not fits or any(size not in (1, full[letter]) for letter, size in own.items()):
-        heads = "" if "N" in own_axes else f", or with one more leading dim for the N={K * G} heads"
-        wanted = ", ".join(["..."] + [f"{letter}={full[letter]} or 1" for letter in own_axes])
+def _lettered(array: Array, own_axes: str, axes: Axes, name: str) -> Lettered:
+    """Names the axes of an array `[*lead, *own_axes]`, whose own axes may be fewer: they broadcast."""
+    N = axes["K"] * axes["G"]
+    shape = np.shape(array)
+    split = max(len(shape) - len(own_axes), 0)
+    lead, own = axes.batch[len(axes.batch) - split :], own_axes[len(own_axes) - (len(shape) - split) :]
+    if split == len(axes.batch) + 1 and "N" not in own_axes:
+        lead, own = axes.batch, "N" + own
+    letters = lead + own
+    full = [N if letter == "N" else axes[letter] for letter in letters]
+    if len(letters) != len(shape) or any(size not in (1, n) for size, n in zip(shape, full, strict=True)):
+        heads = "" if "N" in own_axes else f", or with one more leading dim for the N={N} heads"
+        wanted = ", ".join(["..."] + [f"{a}={N if a == 'N' else axes[a]} or 1" for a in own_axes])
         raise ValueError(
-            f"{name} must be [{wanted}] with batch dims ...={tuple(batch)}{heads}; got shape {np.shape(array)}"
+            f"{name} must be [{wanted}] with batch dims ...={axes.shape(axes.batch)}{heads}; got shape {shape}"
         )
-    heads_first = (1, 1) if own.get("N", 1) == 1 else (K, G)
     if jnp.issubdtype(array.dtype, jnp.integer):
         array = array.astype(np.int32)  # as positions are
-    return array.reshape((*lead, *heads_first, own.get("T", 1), own.get("S", 1)))
+    sizes: list[Any] = []
+    for letter, size in zip(letters, shape, strict=True):
+        parted = axes.shape("KG") if size == N else (1, 1)
+        sizes += parted if letter == "N" else [size]
+    return Lettered.bare(array.reshape(sizes), letters.replace("N", "KG"))
 
 
 def _is_static(field: Any) -> bool:
@@ -133,56 +142,3 @@ class _Shown:
     def __repr__(self) -> str:
         array = hasattr(self.field, "shape") and hasattr(self.field, "dtype")
         return f"{self.field.dtype}{list(self.field.shape)}" if array else repr(self.field)
-
-
-class Interval:
-    """What is known of all the values in a block: each lies between `lo` and `hi`.
-
-    Comparing intervals gives an interval of booleans: `lo` is whether the comparison holds for certain, everywhere in
-    the block, and `hi` whether it is possible, somewhere. So a mask's predicate of positions, read with intervals for
-    positions, tells whether a block is empty (`not hi`), full (`lo`) or partial.
-    NumPy bounds stay NumPy: what is known while tracing is decided while tracing.
-    """
-
-    __slots__ = ("hi", "lo")
-    __array_ufunc__ = None
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, lo: Any, hi: Any) -> None:
-        self.lo, self.hi = lo, hi
-
-    @staticmethod
-    def of(value: Any) -> "Interval":
-        """Returns `value` if it is an interval, else the interval that holds it alone."""
-        return value if isinstance(value, Interval) else Interval(value, value)
-
-    def __le__(self, other: Any) -> "Interval":
-        other = Interval.of(other)
-        return Interval(self.hi <= other.lo, self.lo <= other.hi)
-
-    def __lt__(self, other: Any) -> "Interval":
-        other = Interval.of(other)
-        return Interval(self.hi < other.lo, self.lo < other.hi)
-
-    def __ge__(self, other: Any) -> "Interval":
-        return Interval.of(other) <= self
-
-    def __gt__(self, other: Any) -> "Interval":
-        return Interval.of(other) < self
-
-    def __eq__(self, other: Any) -> "Interval":  # type: ignore[override]
-        return (self <= other) & (self >= other)
-
-    def __and__(self, other: Any) -> "Interval":
-        other = Interval.of(other)
-        return Interval(self.lo & other.lo, self.hi & other.hi)
-
-    def __or__(self, other: Any) -> "Interval":
-        other = Interval.of(other)
-        return Interval(self.lo | other.lo, self.hi | other.hi)
-
-    def __invert__(self) -> "Interval":
-        return Interval(~self.hi, ~self.lo)
-
-    __rand__ = __and__
-    __ror__ = __or__

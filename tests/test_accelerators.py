@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import masks, sweep
-from jattn.blockwise import choose_blocks
+from jattn import masks, target, visits
 from jattn.problem import lay_out
-from tests import modes, plain, problems
+from jattn.target import Target
+from jattn.visits import choose_blocks
+from tests import modes, plain, problems, written
+
+GPU = Target("cuda", 1)
 
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    """One device that calls itself a GPU. What was traced before and is traced here must not be mixed up."""
-    jax.clear_caches()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    yield
-    jax.clear_caches()
+    """One device that is taken for a GPU. The target is part of every program, so no cache mixes it up with others."""
+    monkeypatch.setattr(target, "now", lambda: GPU)
+    monkeypatch.setattr(Target, "on", lambda self, platform: self)
 
 
 MODES = {
@@ -48,12 +48,41 @@ def test_what_takes_no_part_may_be_anything(mode):
     problems.assert_close(problems.run(MODES[mode], p.attention, poisoned), exact, tol=1e-12)
 
 
+def test_the_platform_is_asked_for_and_lowered_for(monkeypatch):
+    """A program for two platforms has the loops of each."""
+    monkeypatch.undo()
+    q = jax.ShapeDtypeStruct((2, 512, 4, 8), jnp.float32)
+
+    def f(q):
+        return jattn.attention(q, q, q, implementation=jattn.Blockwise(64, 64))
+
+    def loops(*platforms):
+        text = jax.export.export(jax.jit(f), platforms=platforms)(q).mlir_module()
+        return text.count("stablehlo.while"), "stablehlo.case" in text
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    (cpu, _), (cuda, _), (both, chosen) = loops("cpu"), loops("cuda"), loops("cpu", "cuda")
+    assert cuda < cpu  # all heads and examples go together there
+    assert chosen and both == cpu + cuda
+
+
+def test_the_default_device_decides_where_there_are_several(monkeypatch):
+    monkeypatch.undo()
+    assert target.now().platform == "cpu"
+    with jax.default_device("gpu"):
+        assert target.now().platform == "cuda"
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert target.now().platform == "cpu"
+
+
 def test_narrow_operands_are_multiplied_as_they_are():
     q, k, v = plain.qkv(dtype=jnp.bfloat16)
-    text = str(jax.make_jaxpr(lambda *x: jattn.attention(*x, implementation="blockwise"))(q, k, v))
-    products = [line for line in text.splitlines() if "dot_general" in line]
-    assert products and all("f32" in line.split("=")[0] for line in products)  # summed wide
-    assert "convert_element_type[new_dtype=float32" not in "".join(text.split("dot_general")[0].split())
+    equations = written.equations(lambda *x: jattn.attention(*x, implementation="blockwise"), q, k, v)
+    products = [
+        eqn for eqn in equations if eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][0][0]
+    ]
+    assert products and all(eqn.outvars[0].aval.dtype == jnp.float32 for eqn in products)  # summed wide
+    assert all(v.aval.dtype == jnp.bfloat16 for eqn in products for v in eqn.invars)
     out = jattn.attention(q, k, v, implementation="blockwise")
     exact = plain.attend(*(a.astype(float) for a in (q, k, v)))[0]
     np.testing.assert_allclose(out.astype(float), exact, atol=0.05)
@@ -61,11 +90,11 @@ def test_narrow_operands_are_multiplied_as_they_are():
 
 def test_the_bands_of_a_window_go_together():
     q, k, v = plain.qkv(T=520, S=520, N=4, K=2, dtype=jnp.float32)
-    problem = lay_out(q, k, v, masks.Window(31, 0))
-    blocks = choose_blocks(problem, jattn.Blockwise())
-    visits = sweep.visits_of(sweep.plan(problem, blocks), problem)
-    assert blocks[0] == 2  # the key/value heads
-    assert sweep.rows_at_once(visits, blocks) == len(visits.order) > 1
+    problem = lay_out(q, k, v, dict(mask=masks.Window(31, 0)))
+    plan = visits.Plan.of(problem, choose_blocks(problem, GPU), GPU)
+    bands = visits.visits_of(plan, problem)
+    assert plan.blocks["K"] == 2  # the key/value heads
+    assert visits.rows_at_once(bands, plan) == len(bands.order) > 1
     out = plain.quick(jattn.attention, q, k, v, mask=masks.Window(31, 0), implementation="blockwise")
     i, j = np.arange(520)[:, None], np.arange(520)
     np.testing.assert_allclose(out, plain.attend(q, k, v, (j <= i) & (j >= i - 31))[0], atol=1e-5)
@@ -75,14 +104,14 @@ def test_the_bands_of_a_window_go_together():
 def test_visits_stay_within_bounds_however_many_heads(heads):
     def scores_of(T):
         def look(q):
-            problem = lay_out(q, q, q, masks.Causal())
-            found.append(np.prod(choose_blocks(problem, jattn.Blockwise()), dtype=float))
+            problem = lay_out(q, q, q, dict(mask=masks.Causal()))
+            found.append(np.prod(choose_blocks(problem, GPU).sizes, dtype=float))
 
         found = []
         jax.eval_shape(look, jax.ShapeDtypeStruct((T, heads, 64), jnp.float32))
         return found[0]
 
-    assert scores_of(8192) == scores_of(16384) <= max(sweep.SCORES_ON_DEVICE, heads * 2**17)
+    assert scores_of(8192) == scores_of(16384) <= max(visits.SCORES_ON_DEVICE, heads * 2**17)
 
 
 def test_a_batch_of_none_whose_mask_is_an_array():

@@ -13,9 +13,9 @@ import pytest
 
 import jattn
 from jattn import masks, scores
+from jattn.intervals import Interval
 from jattn.masks import Causal, Dense, Empty, Full, Function, Lengths, Prefix, Segments, SlidingWindow, Window
 from jattn.problem import lay_out
-from jattn.values import Interval
 from tests.pictures import catalogue, draw, striped
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
@@ -509,7 +509,7 @@ def test_errors(name):
 )
 def test_what_is_known_to_take_part_does(mask, T, q_offset, all_do):
     q, k = np.zeros((T, 2, 3), np.float32), np.zeros((5, 1, 3), np.float32)
-    assert lay_out(q, k, k, mask=mask, q_offset=q_offset).all_take_part() == all_do
+    assert lay_out(q, k, k, dict(mask=mask, q_offset=q_offset)).all_take_part() == all_do
     if all_do and mask is not None:
         allowed = np.asarray(mask.to_array(T, 5, q_offset=q_offset))
         assert allowed.any(0).all() and allowed.any(1).all()
@@ -520,7 +520,7 @@ def test_nothing_takes_part_that_is_only_said_to(mask):
     for T, S, q_offset in itertools.product((1, 2, 5), (1, 3, 5), (-2, 0, 1, 3, 9)):
         q, k = np.zeros((T, 2, 3), np.float32), np.zeros((S, 1, 3), np.float32)
         allowed = np.asarray(mask.to_array(T, S, q_offset=q_offset))
-        known = lay_out(q, k, k, mask=mask, q_offset=q_offset).all_take_part()
+        known = lay_out(q, k, k, dict(mask=mask, q_offset=q_offset)).all_take_part()
         assert not known or (allowed.any(-1).all() and allowed.any(-2).all()), (T, S, q_offset)
 
 
@@ -583,7 +583,8 @@ def test_a_window_and_packed_segments_are_an_eighth_of_the_work(mask):
     told, full = jattn.explain(x, x, x, mask=mask), jattn.explain(x, x, x)
     assert full.flops == 2 * 3 * (64 + 64) * 8192**2 and full.empty == 0
     assert told.flops == full.flops * (1 - told.empty) <= full.flops / 8
-    temp = jax.jit(lambda *x: jattn.attention_with_lse(*x, mask=mask)).lower(x, x, x).compile().memory_analysis()
+    compiled = jax.jit(lambda *x, mask: jattn.attention_with_lse(*x, mask=mask)).lower(x, x, x, mask=mask).compile()
+    temp = compiled.memory_analysis()
     assert told.temp_bytes == temp.temp_size_in_bytes > 0
     assert "flops           " in str(told) and told.reasons["blockwise"].startswith("taken")
     assert told.reasons["dense"] == "not taken: it would hold 768.0 MiB of scores or more"

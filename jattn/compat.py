@@ -1,0 +1,87 @@
+"""Attention in the spelling of other libraries."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jattn import checks, masks
+from jattn.dispatch import attention_with_lse
+from jattn.implementations import Blockwise
+from jattn.scores import Bias
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | Blockwise | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """Attends, called as `jax.nn.dot_product_attention` is: replacing the import is the whole migration.
+
+        out = softmax(scale * q kᵀ + bias, masked) v
+
+    It is `attention` in another spelling, and differs from jax.nn only in these:
+      - a query that may attend to nothing gets 0 and no gradient (jax.nn: the mean of all values);
+      - NaN or Inf in masked keys and values, and a bias of -inf, stay where they are (jax.nn: NaN everywhere);
+      - the residual is float32 or wider and differentiable (jax.nn: the input dtype, no gradient);
+      - float64 stays float64 (jax.nn: float32 sums);
+      - memory is linear; any number of leading dims; V may differ from H;
+      - nothing is cast: a bias that is not floating, negative windows and numbers for `is_causal` are refused.
+    As in jax.nn, and unlike in `attention`, position t of the queries is position t of the keys also when T != S, so
+    that `is_causal` is aligned at the top left: for decoding use `attention` with `q_offset`.
+
+    Args:
+      query: `[..., T, N, H]`. key: `[..., S, K, H]`. value: `[..., S, K, V]`.
+      bias: broadcastable to `[..., N, T, S]`, added to the scaled logits.
+      mask: bool, broadcastable to `[..., N, T, S]`, True where attending is allowed.
+      scale: a number. None: 1/sqrt(H).
+      is_causal: whether key position s is seen only from query positions t >= s.
+      query_seq_lengths: `[B]` int, the rows at and past which are 0.
+      key_value_seq_lengths: `[B]` int, the keys at and past which are not seen.
+      local_window_size: (left, right), both inclusive; an int is both.
+      implementation: None or "xla" choose; "dense", "blockwise" or a `jattn.Blockwise`.
+      return_residual: whether to return the lse too.
+
+    Returns:
+      out `[..., T, N, V]`, or (out, lse `[..., T, N]`).
+
+    Raises:
+      ValueError, TypeError: as in `attention`.
+    """
+    allowed = masks.as_mask(None if mask is None else checks.boolean("mask", mask))
+    if not isinstance(is_causal, bool | np.bool_):
+        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
+    if is_causal:
+        allowed = allowed & masks.Causal()
+    if local_window_size is not None:
+        window = local_window_size if isinstance(local_window_size, tuple | list) else (local_window_size,) * 2
+        if len(window) != 2:
+            raise ValueError(f"local_window_size must be an int or (left, right), got {local_window_size!r}")
+        allowed = allowed & masks.Window(*window)
+    batch = jnp.shape(query)[:-3]
+    lengths = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+    given = {name: checks.integer(name, length) for name, length in lengths.items() if length is not None}
+    for name, length in given.items():
+        if length.shape not in (batch, batch or (1,)):
+            raise ValueError(f"{name} must be [B] = {list(batch) or [1]}, got shape {list(length.shape)}")
+    if given:
+        q, kv = (given[name].reshape(batch or (1,)) if name in given else None for name in lengths)
+        allowed = allowed & masks.Lengths(q, kv)
+    # Three axes are a batch of one, as in jax.nn: a bias or a mask may have an axis for it.
+    batched = [jnp.expand_dims(a, 0) if getattr(a, "ndim", 0) == 3 else a for a in (query, key, value)]
+    scores = () if bias is None else (Bias(checks.floating("bias", bias)),)
+    chosen = None if implementation == "xla" else implementation
+    out, lse = attention_with_lse(*batched, mask=allowed, scores=scores, scale=scale, q_offset=0, implementation=chosen)
+    out, lse = (out, lse) if batch else (out[0], lse[0])
+    return (out, lse) if return_residual else out

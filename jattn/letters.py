@@ -1,0 +1,212 @@
+"""Axis letters: an array with the names of its leading axes, so that blocks are cut, padded and fitted by name.
+
+    a b c ...  batch        K  key/value heads      T  queries
+                            G  query heads of each  S  keys
+
+An axis along which an array would only broadcast has no letter and is not there at all; axes behind the lettered ones
+(H, V, buckets) are the array's own. Arrays keep the order of axes in which the caller gave them, until a block of them
+is `fitted` to the one order in which it is computed.
+"""
+
+import dataclasses
+import string
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn import checks
+
+# What a block of an array has to line up with; what goes whole to a function of one's own lines up with nothing.
+ROWS, KEYS, SCORES, WHOLE = "rows", "keys", "scores", "whole"
+_Tree = TypeVar("_Tree")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of a problem: each letter with its size, batch axes first, then KGTS."""
+
+    letters: str
+    sizes: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, batch: Iterable[Any], K: Any, G: Any, T: Any, S: Any) -> "Axes":
+        """Returns the axes `(*batch, K, G, T, S)`."""
+        batch = tuple(batch)
+        if len(batch) > len(string.ascii_lowercase):
+            raise ValueError(f"at most {len(string.ascii_lowercase)} batch dims have a letter, got {len(batch)}")
+        return cls(string.ascii_lowercase[: len(batch)] + "KGTS", (*batch, K, G, T, S))
+
+    def __getitem__(self, letter: str) -> Any:
+        return self.sizes[self.letters.index(letter)]
+
+    def shape(self, letters: str) -> tuple[Any, ...]:
+        """The sizes of some of the axes."""
+        return tuple([self.sizes[self.letters.index(letter)] for letter in letters])
+
+    def batched(self, size: Any) -> "Axes":
+        """Returns the axes with one more of the batch, the first."""
+        letter = next(letter for letter in string.ascii_lowercase if letter not in self.letters)
+        return Axes(letter + self.letters, (size, *self.sizes))
+
+    def replace(self, **sizes: Any) -> "Axes":
+        """Returns the axes with some sizes changed."""
+        return Axes(self.letters, tuple(sizes.get(a, n) for a, n in zip(self.letters, self.sizes, strict=True)))
+
+    @property
+    def batch(self) -> str:
+        """The letters of the batch."""
+        return self.letters[:-4]
+
+    @property
+    def are_known(self) -> bool:
+        """Whether no size is symbolic."""
+        return all(isinstance(size, int) for size in self.sizes)
+
+    def bare(self, letters: str) -> str:
+        """Those of `letters` that an array has: axes of 1 have no letter, but T and S, which are cut into blocks."""
+        return "".join(letter for letter in letters if letter in "TS" or not is_one(self[letter]))
+
+
+class Order(NamedTuple):
+    """The axes of a block, in the order in which it is computed: those of several heads, of the rows, and the keys."""
+
+    lead: str
+    rows: str  # lead, then T and G as far as there are
+
+    def of(self, fits: str) -> str:
+        """The axes to which an array is fitted that lines up with `fits`."""
+        return {ROWS: self.rows, KEYS: self.lead + "S", SCORES: self.rows + "S"}[fits]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lettered:
+    """An array whose leading axes have letters.
+
+    Args:
+      array: `[*letters, ...]`.
+      letters: a letter for each of its leading axes.
+      fits: what a block of it lines up with: the "rows" (queries), the "keys", the "scores" between them, or nothing,
+        "whole".
+    """
+
+    array: Any
+    letters: str = dataclasses.field(metadata=dict(static=True))
+    fits: str = dataclasses.field(default=SCORES, metadata=dict(static=True))
+
+    @classmethod
+    def bare(cls, array: Any, letters: str, fits: str = SCORES, kept: str = "") -> "Lettered":
+        """Letters an array, dropping axes of 1, but those `kept`."""
+        names = "".join(a for a, size in zip(letters, array.shape, strict=False) if a in kept or not is_one(size))
+        if len(names) < len(letters):
+            sizes = [size for a, size in zip(letters, array.shape, strict=False) if a in names]
+            array = array.reshape((*sizes, *array.shape[len(letters) :]))
+        return cls(array, names, fits)
+
+    def replace(self, array: Any, letters: str | None = None) -> "Lettered":
+        """Returns another array in its place."""
+        return Lettered(array, self.letters if letters is None else letters, self.fits)
+
+    def size(self, axis: str) -> Any:
+        """The size of an axis that it has."""
+        return self.array.shape[self.letters.index(axis)]
+
+    def has_own_axes(self) -> bool:
+        """Whether there are axes behind the lettered ones."""
+        return len(self.array.shape) > len(self.letters)
+
+    def fitted(self, order: Order) -> Any:
+        """Returns the array with the axes of a block, 1 where it has none; without letters as it is: it broadcasts."""
+        return self.array if self.fits == WHOLE else fit(self.array, self.letters, order.of(self.fits))
+
+    def slice(self, axis: str, start: Any, size: int, *, barrier: bool = False) -> "Lettered":
+        """Returns the part of an axis from `start` on. A batch or head axis cut to 1 has no letter any more.
+
+        Args:
+          barrier: keeps XLA from widening the whole array before a loop over its slices, where they are widened each.
+        """
+        if axis not in self.letters:
+            return self
+        at, array = self.letters.index(axis), self.array
+        letters = within(self.letters, axis, size)
+        if array.shape[at] == 0:  # a loop that runs no times asks for this
+            shape = (*array.shape[:at], *((size,) if axis in letters else ()), *array.shape[at + 1 :])
+            return self.replace(jnp.zeros(shape, array.dtype), letters)
+        if barrier and checks.is_narrow(array):
+            array, start = lax.optimization_barrier((array, start))
+        part = lax.dynamic_slice_in_dim(array, start, size, at, allow_negative_indices=False)
+        return self.replace(part if letters == self.letters else lax.squeeze(part, [at]), letters)
+
+    def pieces(self, axis: str, block: int) -> Any:
+        """Returns all the blocks of an axis, `[blocks, ..., block, ...]`; a batch or head axis cut to 1 is gone."""
+        at = self.letters.index(axis)
+        array = self.array
+        if within(self.letters, axis, block) == self.letters:
+            array = array.reshape((*array.shape[:at], -(-array.shape[at] // block), block, *array.shape[at + 1 :]))
+        return jnp.moveaxis(array, at, 0) if at else array
+
+    def taken(self, axis: str, block: int, order: Any) -> "Lettered":
+        """Returns the blocks `order` of an axis side by side."""
+        if axis not in self.letters:
+            return self
+        at = self.letters.index(axis)
+        blocks = self.array.reshape((*self.array.shape[:at], -1, block, *self.array.shape[at + 1 :]))
+        return self.replace(lax.collapse(jnp.take(blocks, order, axis=at, mode="clip"), at, at + 2))
+
+    def padded(self, axis: str, block: int, *, zero: bool) -> "Lettered":
+        """Fills up the last block of an axis: with 0, or by repeating the last, which asks for nothing that is new."""
+        if axis not in self.letters:
+            return self
+        at, array = self.letters.index(axis), self.array
+        size = array.shape[at]
+        if isinstance(size, int) and (size % block == 0):
+            return self
+        widths = [(0, -(-size // block) * block - size if i == at else 0) for i in range(array.ndim)]
+        return self.replace(jnp.pad(array, widths) if zero else jnp.pad(array, widths, mode="edge"))
+
+    def rows(self, start: Any, block: int, *, barrier: bool) -> "Lettered":
+        """Returns a block of rows T, the last row repeated behind the end. The array stays where it is, uncopied."""
+        size, array = self.size("T"), self.array
+        if isinstance(size, int) and size % block == 0:
+            return self.slice("T", start, block, barrier=barrier)
+        if barrier and checks.is_narrow(array):
+            array, start = lax.optimization_barrier((array, start))
+        index = jnp.minimum(start + jnp.arange(block, dtype=jnp.int32), size - 1)
+        return self.replace(jnp.take(array, index, axis=self.letters.index("T"), mode="clip"))
+
+
+def fit(array: Any, letters: str, order: str) -> Any:
+    """Brings the lettered axes of an array into an order, 1 where it has none; without letters it is left as it is."""
+    if not letters or letters == order:
+        return array
+    places = [order.index(letter) for letter in letters]
+    permutation = sorted(range(len(letters)), key=places.__getitem__)
+    if permutation != list(range(len(letters))):
+        array = array.transpose(*permutation, *range(len(letters), array.ndim))
+    missing = [i for i, letter in enumerate(order) if letter not in letters]
+    return jnp.expand_dims(array, missing) if missing else array
+
+
+def fitted(tree: _Tree, order: Order) -> _Tree:
+    """Fits every lettered array of a pytree to a block."""
+    result: _Tree = jax.tree.map(lambda leaf: leaf.fitted(order), tree, is_leaf=is_lettered)
+    return result
+
+
+def within(letters: str, axis: str, block: int) -> str:
+    """The letters inside a loop over the blocks of an axis."""
+    return letters.replace(axis, "") if block == 1 and axis not in "TS" else letters
+
+
+def is_lettered(leaf: Any) -> bool:
+    """Whether it is an array with letters."""
+    return isinstance(leaf, Lettered)
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is known to be 1."""
+    return isinstance(size, int) and size == 1
