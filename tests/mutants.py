@@ -22,7 +22,9 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]  # file or file::test, in tests/
 
 
-B, C, D = "test_traps_b_masks.py", "test_traps_c_numerics.py", "test_traps_d_system.py"
+A, B = "test_traps_a_derivatives.py", "test_traps_b_masks.py"
+C, D = "test_traps_c_numerics.py", "test_traps_d_system.py"
+MODES = "test_modes.py"
 MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
@@ -57,25 +59,25 @@ MUTANTS = [
         (f"{MASKS}::test_explain_counts_the_blocks_of_every_example",),
     ),
     Mutant(
-        "jattn/masks.py",
-        "answers = keep.any((-3, -2))",
-        "answers = keep.all((-3, -2))",
+        "jattn/problem.py",
+        "answers = keep.any(tuple(range(self.lead, keep.ndim - 1)))",
+        "answers = keep.all(tuple(range(self.lead, keep.ndim - 1)))",
         (f"{C}::test_c4_a_key_that_one_head_of_the_group_sees_is_not_a_secret",),
     ),
     Mutant(
-        "jattn/masks.py",
-        "return jnp.where(asks[..., None], q, 0), answering(k), answering(v)",
-        "return jnp.where(asks[..., None], q, 0), answering(k), v",
+        "jattn/problem.py",
+        "return jnp.where(asks[..., None], self.at.q, 0), answering(self.at.k), answering(self.at.v)",
+        "return jnp.where(asks[..., None], self.at.q, 0), answering(self.at.k), self.at.v",
         (f"{C}::test_c4_nan_and_inf_where_nothing_looks_are_not_seen",),
     ),
     Mutant(
-        "jattn/values.py",
+        "jattn/intervals.py",
         "return Interval(self.hi <= other.lo, self.lo <= other.hi)",
         "return Interval(self.lo <= other.lo, self.lo <= other.hi)",
         (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth",),
     ),
     Mutant(
-        "jattn/values.py",
+        "jattn/intervals.py",
         "return Interval(self.hi < other.lo, self.lo < other.hi)",
         "return Interval(self.hi <= other.lo, self.lo < other.hi)",
         (
@@ -84,14 +86,14 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "jattn/values.py",
+        "jattn/intervals.py",
         "return Interval(~self.hi, ~self.lo)",
         "return Interval(~self.lo, ~self.hi)",
         (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth",),
     ),
     Mutant(
-        "jattn/values.py",
-        "return (self <= other) & (self >= other)",
+        "jattn/intervals.py",
+        "return Interval((self.hi <= other.lo) & (self.lo >= other.hi), (self.lo <= other.hi) & (self.hi >= other.lo))",
         "return self <= other",
         (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth", f"{MASKS}::test_explain_counts_the_blocks_of_every_example"),
     ),
@@ -103,8 +105,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/scores.py",
-        "return bits >= jnp.uint32(round(self.rate * 2**32))",
-        "return bits < jnp.uint32(round(self.rate * 2**32))",
+        "stays: jax.Array = bits >= jnp.uint32(round(self.rate * 2**32))",
+        "stays: jax.Array = bits < jnp.uint32(round(self.rate * 2**32))",
         ("test_dropout.py::test_share_of_what_is_dropped",),
     ),
     Mutant(
@@ -115,20 +117,20 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/softmax.py",
-        "live = stacked != -jnp.inf",
-        "live = stacked > -jnp.inf",
+        "holds = stacked != -jnp.inf",
+        "holds = stacked > -jnp.inf",
         (f"{MERGE}::test_an_lse_of_nan_is_not_taken_for_nothing",),
     ),
     Mutant(
         "jattn/softmax.py",
-        "held = jnp.where(live[..., None], jnp.stack(outs).astype(dtype), 0)",
+        "held = jnp.where(holds[..., None], jnp.stack(outs).astype(dtype), 0)",
         "held = jnp.stack(outs).astype(dtype)",
         (f"{MERGE}::test_nothing_is_neutral",),
     ),
     Mutant(
         "jattn/softmax.py",
-        "m = lax.stop_gradient(jnp.max(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))",
-        "m = lax.stop_gradient(jnp.min(jnp.where(live, stacked, jnp.finfo(dtype).min), axis=0))",
+        "m = lax.stop_gradient(jnp.max(jnp.where(holds, stacked, least(dtype)), axis=0))",
+        "m = lax.stop_gradient(jnp.min(jnp.where(holds, stacked, least(dtype)), axis=0))",
         (f"{MERGE}::test_size_of_the_lse_does_not_matter",),
     ),
     Mutant(
@@ -154,6 +156,128 @@ MUTANTS = [
         "if context.shape != (*x.shape[:-2], context.shape[-2], C):",
         "if context.shape[-1] != C:",
         ("test_errors.py::test_the_error_says_what_is_wrong",),
+    ),
+    # The core: letters, problems, visits, loops, the derivative and its primitive.
+    Mutant(
+        "jattn/letters.py",
+        "index = jnp.minimum(start + jnp.arange(block, dtype=jnp.int32), size - 1)",
+        "index = jnp.minimum(start + jnp.arange(block, dtype=jnp.int32), size - 2)",
+        (f"{C}::test_c11_lengths_that_are_no_multiple_of_a_block", f"{MODES}::test_every_pair_of_choices"),
+    ),
+    Mutant(
+        "jattn/letters.py",
+        "places = [order.index(letter) for letter in letters]",
+        "places = list(range(len(letters)))",
+        ("test_attention.py::test_plain",),
+    ),
+    Mutant(
+        "jattn/values.py",
+        'lead, own = axes.batch, "N" + own',
+        "lead, own = axes.batch, own",
+        (
+            f"{SCORES}::test_each_modifier_against_numpy",
+            f"{MASKS}::test_a_mask_is_as_drawn",
+            f"{D}::test_d1_vmap_over_each_argument_alone",
+        ),
+    ),
+    Mutant(
+        "jattn/problem.py",
+        "s = s if q.dtype == wide else s * scale",
+        "s = s",
+        ("test_accelerators.py::test_narrow_operands_are_multiplied_as_they_are",),
+    ),
+    Mutant(
+        "jattn/problem.py",
+        "return asks and surely([(query, kv_pos) for query in three(kv_pos, q_pos)])",
+        "return asks",
+        (f"{MASKS}::test_what_is_known_to_take_part_does",),
+    ),
+    Mutant(
+        "jattn/visits.py",
+        "full = full & (xp.arange(full.shape[1])[None, :] < S // block_kv)",
+        "pass",
+        (f"{C}::test_c11_lengths_that_are_no_multiple_of_a_block",),
+    ),
+    Mutant(
+        "jattn/visits.py",
+        "return few and float(np.mean(kinds != EMPTY)) >= 0.75",
+        "return few",
+        (f"{MASKS}::test_only_blocks_that_may_hold_something_are_visited",),
+    ),
+    Mutant(
+        "jattn/implementations/loops.py",
+        "return index < S if keep is None else keep & (index < S)",
+        "return keep",
+        (f"{C}::test_c11_lengths_that_are_no_multiple_of_a_block",),
+    ),
+    Mutant(
+        "jattn/implementations/loops.py",
+        "will_do = ((kinds != EMPTY).sum(1) <= few).all()",
+        "will_do = ((kinds != EMPTY).sum(1) <= few).any()",
+        (
+            f"{MASKS}::test_no_more_blocks_are_gone_through_than_may_be_enough",
+            f"{MASKS}::test_few_visits_say_what_all_say",
+        ),
+    ),
+    Mutant(
+        "jattn/implementations/loops.py",
+        "again: Callable[..., Any] = jax.checkpoint(f, prevent_cse=False)",
+        "again: Callable[..., Any] = f",
+        ("test_memory.py::test_memory_is_linear", "test_memory.py::test_absolute_memory"),
+    ),
+    Mutant(
+        "jattn/implementations/loops.py",
+        "every = frozenset().union(*(axes_varied(jax.typeof(leaf)) for leaf in jax.tree.leaves(among)))",
+        "every: frozenset[str] = frozenset()",
+        ("test_transforms.py::test_batch_and_heads_over_devices_need_no_collective",),
+    ),
+    Mutant(
+        "jattn/derivative.py",
+        "dout = (do - out * dl[..., None]) / jnp.where(answered, total, 1)[..., None]",
+        "dout = do / jnp.where(answered, total, 1)[..., None]",
+        (f"{A}::test_a9_derivatives_under_every_mask",),
+    ),
+    Mutant(
+        "jattn/derivative.py",
+        "dout, dl = jnp.where(answered[..., None], dout, 0), jnp.where(answered, dl, 0)",
+        "pass",
+        (f"{C}::test_c1_a_row_without_keys_is_zero", f"{C}::test_c3_a_row_without_keys_does_not_poison_the_others"),
+    ),
+    Mutant(
+        "jattn/derivative.py",
+        "dl = dl + jnp.exp(sink - shift) * dsink",
+        "dl = dl",
+        (f"{A}::test_a10_sink_has_a_gradient",),
+    ),
+    Mutant(
+        "jattn/derivative.py",
+        "if any(has[form.array] and form.fits == letters.WHOLE for form in forms):",
+        "if False:",
+        (f"{D}::test_d1_vmap_over_each_argument_alone",),
+    ),
+    Mutant(
+        "jattn/derivative.py",
+        "places = [None if place is None else place + m for place, m in each]",
+        "places = [None if place is None else place for place, m in each]",
+        (f"{D}::test_d2_nested_transforms",),
+    ),
+    Mutant(
+        "jattn/autodiff.py",
+        "rest = iter(found if takes is None else [x for x, taken in zip(found, takes, strict=True) if taken])",
+        "rest = iter(found)",
+        (f"{D}::test_d2_nested_transforms", f"{A}::test_a8_every_order_and_mode"),
+    ),
+    Mutant(
+        "jattn/autodiff.py",
+        "results = [checkpoint_name(result, name) for result, name in zip(results, (OUT, LSE, LSE), strict=True)]",
+        "pass",
+        ("test_memory.py::test_a_policy_that_names_the_residuals_attends_once",),
+    ),
+    Mutant(
+        "jattn/autodiff.py",
+        "operation=operation, where=operation.where.on(platform))",
+        "operation=operation, where=operation.where)",
+        ("test_accelerators.py::test_the_platform_is_asked_for_and_lowered_for",),
     ),
 ]
 

@@ -61,12 +61,12 @@ def test_compiles_for_a_tpu():
 import jax, jattn
 from jax.experimental import topologies
 device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-x = jax.ShapeDtypeStruct((4096, 4, 128), "bfloat16", sharding=jax.sharding.SingleDeviceSharding(device))
+x = jax.ShapeDtypeStruct((16384, 4, 128), "bfloat16", sharding=jax.sharding.SingleDeviceSharding(device))
 def loss(*x):
     return jattn.attention(*x, mask=jattn.masks.Causal()).astype("float32").sum()
 for f in (loss, jax.grad(loss, (0, 1, 2))):
     compiled = jax.jit(f).trace(x, x, x).lower(lowering_platforms=("tpu",)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4096 * 4096 * 2  # all scores
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 16384 * 16384 * 2 / 2  # half of all scores
 """
     # Nobody is asked over the network which TPU this is, and this process may have loaded libtpu itself.
     settings = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
@@ -90,7 +90,7 @@ def test_each_command_sets_itself_up_and_ci_runs_the_tests_to_the_letter():
 
 def test_the_reading_order_is_the_one_that_imports_obey():
     table = README.split("## Reading order")[1].split("\n## ")[0]
-    files = re.findall(r"`(\w+)\.py`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    files = re.findall(r"`([\w/]+)\.py`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
     assert files == [name for name in ORDER if name not in ("version", "__init__")]
 
 
