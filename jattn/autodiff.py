@@ -1,6 +1,6 @@
 """How attention and its derivatives pass through JAX: one primitive, which carries what it computes as a static value.
 
-Its rules make new operations of the one it carries (see `derivative`), and what they mean is written down only when JAX
+Its rules make new operations of the one it carries (see `operations`), and what they mean is written down only when JAX
 lowers for a platform. So implementations are chosen for the platform that will run them, a policy of `jax.checkpoint`
 sees one operation and none of its scores, and a kernel can take its place.
 
@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jattn.derivative import Attend, Batched, Jvp, Operation, Tangent, Vmap, direction_dtype
 from jattn.implementations.base import Implementation
 from jattn.implementations.loops import axes_varied, varying
+from jattn.operations import Attend, Batched, Jvp, Operation, Tangent, Vmap, direction_dtype
 from jattn.problem import Problem
 from jattn.softmax import Running
 from jattn.target import Target

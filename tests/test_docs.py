@@ -143,7 +143,7 @@ def declared(requirements):
 def imported(folder):
     """The third parties that the files of a folder import, at the top or later."""
     found = set()
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         text = path.read_text()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):

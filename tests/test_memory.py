@@ -12,7 +12,7 @@ import pytest
 import jattn
 from jattn import masks
 from jattn.autodiff import attention_p
-from jattn.derivative import Attend
+from jattn.operations import Attend
 from tests import cases, modes, problems, written
 from tests.cases import Case
 

@@ -1,18 +1,11 @@
-"""The derivative rule, written once for every implementation, and the functions that come of it, as static values.
+"""Attention, its derivatives and its batches as operations: static values that say what is to be computed of arrays.
 
-Attention does not depend on m, which is any shift of the scores, so m counts as constant, and with e = exp(s - m)
-
-    dl = Σ_s e ds        dout = (Σ_s (e ds) v + e dv - out dl) / l
-
-is the derivative along ds and dv, a plain sum over the blocks of scores. It is linear in the directions: transposed it
-is the backward pass, and differentiated again every higher order. Dao et al., 2022 (arXiv:2205.14135).
-
-`Attend` is attention, `Tangent` that rule, `Cotangent` its transpose; `Jvp`, `Vjp` and `Vmap` are the derivatives and
-batches of any. An axis of `vmap` becomes one more batch axis of the problem wherever that can be.
+`Attend` is attention, `Tangent` its derivative (see `rule`), `Cotangent` the transpose of that; `Jvp`, `Vjp` and `Vmap`
+are the derivatives and batches of any. An axis of `vmap` becomes one more batch axis of the problem wherever that can
+be.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +13,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jattn import checks, letters, softmax
+from jattn import checks, letters
 from jattn.implementations import choose
 from jattn.implementations.base import Backward, Implementation
 from jattn.implementations.loops import varying
 from jattn.letters import Lettered
 from jattn.problem import Problem
+from jattn.rule import tangent
 from jattn.softmax import Running
 from jattn.target import Target
 
@@ -154,19 +148,7 @@ class Tangent(Operation):
         problem: Problem = self.of.tree.unflatten(leaves)
         implementation, _ = choose(problem, where, self.of.asked)
         plan = implementation.plan(problem, where)
-        # Wide here, and not only in the loops, so that gradients of every order are summed wide.
-        problem = problem.with_operands(checks.wide(problem.q.array) if where.is_cpu else problem.q.array.dtype)
-        answered = total != 0  # and not > 0, which would take a nan for no key
-        # A row without keys has nothing to subtract; subtracting the greatest number gives it e = 0.
-        shift = Lettered(jnp.where(answered, m, -softmax.least(m.dtype)), problem.q.letters, letters.ROWS)
-        forms = jax.tree.leaves(problem, is_leaf=letters.is_lettered)
-        moving = [forms[i].replace(d) for i, d in zip(self.live, args[self.fixed :], strict=True)]
-        start, step = functools.partial(_start, self.live), functools.partial(_step, self.live, plan.guard)
-        dl, do = implementation.walk(plan, start, step, (problem, moving, [shift]))
-        dout = (do - out * dl[..., None]) / jnp.where(answered, total, 1)[..., None]
-        if plan.guard:  # whatever the cotangents of a row without keys hold, it sends none
-            dout, dl = jnp.where(answered[..., None], dout, 0), jnp.where(answered, dl, 0)
-        return [dout, dl]
+        return tangent(implementation, plan, problem, Running(m, total, out), self.live, args[self.fixed :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,39 +311,6 @@ def _batched_transpose(operation: Any, of: Any, size: Any, mapped: Sequence[bool
     given = [place for place, g in zip(found.results, operation.given, strict=True) if g]
     places, results = found.places[: of.fixed], found.places[of.fixed :]
     return Batched(dataclasses.replace(operation, of=found.operation), [*places, *given], results)
-
-
-def _start(live: tuple[int, ...], operands: Any) -> tuple[jax.Array, jax.Array]:
-    block, directions, (shift,) = operands
-    dl = jnp.zeros(block.rows, shift.dtype)
-    if block.at.sink is not None:
-        sink, dsink = _derivative(lambda block: block.sink_logits(), live, block, directions)
-        dl = dl + jnp.exp(sink - shift) * dsink
-    return dl, jnp.zeros((*block.rows, block.at.v.shape[-1]), dl.dtype)
-
-
-def _step(live: tuple[int, ...], guard: bool, state: Any, keep: Any, operands: Any) -> tuple[jax.Array, jax.Array]:
-    block, directions, (shift,) = operands
-    dl, do = state
-    (s, v), (ds, dv) = _derivative(lambda block: block.logits(keep if guard else None), live, block, directions)
-    e = softmax.exponentials(s, shift, keep)
-    de, factor = e * (ds if keep is None else jnp.where(keep, ds, 0)), block.factor()
-    weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
-    # Changes of weights meet wide values, unrounded: what is common to a row's scores cancels out in the end.
-    change = block.weigh(dweights, v.astype(dweights.dtype)) + block.weigh(weights, dv)
-    return dl + de.sum(-1), do + change
-
-
-def _derivative(f: Any, live: tuple[int, ...], block: Any, directions: list[jax.Array]) -> Any:
-    """The value of f(block), and its derivative along the directions of the leaves `live`."""
-    leaves = jax.tree.leaves(block.at)
-    tree: Any = jax.tree.structure(block.at)
-
-    def moved(*moving: jax.Array) -> Any:
-        changed = {i: leaf.astype(leaves[i].dtype) for i, leaf in zip(live, moving, strict=True)}
-        return f(block._replace(at=tree.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])))
-
-    return jax.jvp(moved, [leaves[i].astype(d.dtype) for i, d in zip(live, directions, strict=True)], directions)
 
 
 def direction_dtype(array: Any) -> Any:
