@@ -18,12 +18,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jattn.implementations.base import Implementation
-from jattn.implementations.loops import axes_varied, varying
+from jattn.implementations.loops import varying
 from jattn.operations import Attend, Batched, Jvp, Operation, Tangent, Vmap, direction_dtype
 from jattn.problem import Problem
 from jattn.softmax import Running
 from jattn.target import Target
 
+VALUE = 2  # which leaf of a problem the values are
 OUT, LSE = "jattn_out", "jattn_lse"  # names for policies of jax.checkpoint
 
 
@@ -78,7 +79,7 @@ _compiled = jax.jit(_bind, static_argnames="operation")
 
 def _abstract(*avals: Any, operation: Operation) -> list[Any]:
     like = avals[0]
-    if not axes_varied(like):
+    if like.sharding.mesh.empty:
         return [jax.core.ShapedArray(*each) for each in operation.outputs(avals)]
 
     # Under `shard_map` results differ between devices as the arguments do, all of which are alike (see `varying`).
@@ -139,7 +140,8 @@ def _spread(operation: Operation, leaf: int, direction: jax.Array) -> jax.Array:
 
 def _transpose(cotangents: Sequence[Any], *args: Any, operation: Operation) -> list[Any]:
     fixed = operation.fixed
-    assert fixed is not None
+    if fixed is None:
+        return _transpose_values(cotangents, args, operation)
     given = tuple(type(ct) is not ad.Zero for ct in cotangents)
     wanted = [ad.is_undefined_primal(arg) for arg in args[fixed:]]
     if not any(given):
@@ -149,6 +151,18 @@ def _transpose(cotangents: Sequence[Any], *args: Any, operation: Operation) -> l
     takes = _takes(operation.along(wanted))
     rest = iter(found if takes is None else [x for x, taken in zip(found, takes, strict=True) if taken])
     return [None] * fixed + [next(rest) if w else None for w in wanted]
+
+
+def _transpose_values(cotangents: Sequence[Any], args: Sequence[Any], operation: Operation) -> list[Any]:
+    """The transpose of attention itself, which is linear in the values if all else is constant."""
+    undefined = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+    if undefined != [VALUE] or not isinstance(operation, Attend):
+        raise NotImplementedError("attention is linear in the values alone: transpose it along these, without vmap")
+    like = args[VALUE].aval
+    args = [jnp.zeros(like.shape, like.dtype) if i == VALUE else arg for i, arg in enumerate(args)]
+    state = _bind(*args, operation=operation)
+    (back,) = _bind(*args, *state, cotangents[0], operation=Tangent(operation, (VALUE,)).transposed((True, False)))
+    return [back.astype(like.dtype) if i == VALUE else None for i in range(len(args))]
 
 
 def _takes(operation: Any) -> tuple[bool, ...] | None:

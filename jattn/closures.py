@@ -30,10 +30,11 @@ def opened(fn: Function, dtypes: Sequence[Any], *others: Any) -> tuple[Function,
     if not _holds_tracers(fn, set()):
         return None
     closed = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct((), dtype) for dtype in dtypes), *others)
+    jaxpr = closed.jaxpr  # without its constants: the function stays in caches, and they must not
 
     def call(*arguments: Any) -> Any:
         elements, (captured, *others) = arguments[: len(dtypes)], arguments[len(dtypes) :]
-        inner = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, captured))
+        inner = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, captured))
         return jnp.vectorize(lambda *scalars: inner(*scalars, *jax.tree.leaves(others))[0])(*elements)
 
     return call, list(closed.consts)
@@ -46,13 +47,27 @@ def _holds_tracers(value: Any, seen: set[int]) -> bool:
     if id(value) in seen or inspect.ismodule(value) or inspect.isclass(value):
         return False
     seen.add(id(value))
-    parts: list[Any] = [leaf for leaf in jax.tree.leaves(value) if leaf is not value]
+    return any(_holds_tracers(part, seen) for part in _parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a function, a container or an object is made of."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
     if isinstance(value, functools.partial):
-        parts += [value.func, *value.args, *value.keywords.values()]
+        return [value.func, value.args, value.keywords]
     if inspect.ismethod(value):
-        parts += [value.__self__, value.__func__]
+        return [value.__self__, value.__func__]
+    parts: list[Any] = [getattr(value, "__dict__", None), getattr(value, "__wrapped__", None)]
     if inspect.isfunction(value):
-        parts += [*inspect.getclosurevars(value).nonlocals.values(), value.__defaults__, value.__kwdefaults__]
-    elif callable(value):
-        parts += [getattr(value, "__wrapped__", None), *getattr(value, "__dict__", {}).values()]
-    return any(_holds_tracers(part, seen) for part in parts)
+        parts += [*map(_contents, value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
+    return parts
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is filled later
+        return None

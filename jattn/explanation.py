@@ -69,7 +69,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         taken, reasons = choose(problem, where, named(implementation))
         plan = taken.plan(problem, where)
         known = static_kinds(plan, problem, problem.mask)
-        found.append(_Found(taken.name, problem.axes.sizes, plan.blocks.sizes, known, reasons))
+        found.append(_Found(taken, problem.axes.sizes, plan.blocks.sizes, known, reasons))
         return _count(taken, plan, problem) if known is None else None
 
     jax.eval_shape(look, *arrays)
@@ -78,17 +78,15 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
     if counts is None and not any(isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer) for array in arrays[3:]):
         counts = jax.jit(lambda *given: look(*map(jnp.zeros_like, arrays[:3]), *given))(*arrays[3:])
     empty, partial, full = 3 * [None] if counts is None else (np.array(counts) / max(np.sum(counts), 1)).tolist()
+    skipped = (empty or 0.0) if told.taken.skips else 0.0
     memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()
     return Explanation(
-        implementation=told.name,
+        implementation=told.taken.name,
         block_sizes=tuple(max(size, 1) for size in told.blocks),
         empty=empty,
         partial=partial,
         full=full,
-        flops=2.0
-        * (arrays[0].shape[-1] + arrays[2].shape[-1])
-        * math.prod(map(float, told.sizes))
-        * (1 - (empty or 0.0)),
+        flops=2.0 * (arrays[0].shape[-1] + arrays[2].shape[-1]) * math.prod(map(float, told.sizes)) * (1 - skipped),
         temp_bytes=int(memory.temp_size_in_bytes),
         reasons=told.reasons,
     )
@@ -97,7 +95,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 class _Found(NamedTuple):
     """What is known of a call while tracing."""
 
-    name: str
+    taken: Implementation
     sizes: tuple[int, ...]
     blocks: tuple[int, ...]
     kinds: np.ndarray | None

@@ -19,6 +19,7 @@ from jax import lax
 
 from jattn import checks
 
+_BATCH = "".join(letter for letter in string.ascii_letters if letter not in "KGTSN")
 # What a block of an array has to line up with; what goes whole to a function of one's own lines up with nothing.
 ROWS, KEYS, SCORES, WHOLE = "rows", "keys", "scores", "whole"
 _Tree = TypeVar("_Tree")
@@ -36,9 +37,9 @@ class Axes:
     def of(cls, batch: Iterable[Any], K: Any, G: Any, T: Any, S: Any) -> "Axes":
         """Returns the axes `(*batch, K, G, T, S)`."""
         batch = tuple(batch)
-        if len(batch) > len(string.ascii_lowercase):
-            raise ValueError(f"at most {len(string.ascii_lowercase)} batch dims have a letter, got {len(batch)}")
-        return cls(string.ascii_lowercase[: len(batch)] + "KGTS", (*batch, K, G, T, S))
+        if len(batch) > len(_BATCH):
+            raise ValueError(f"at most {len(_BATCH)} batch dims have a letter, got {len(batch)}")
+        return cls(_BATCH[: len(batch)] + "KGTS", (*batch, K, G, T, S))
 
     def __getitem__(self, letter: str) -> Any:
         return self.sizes[self.letters.index(letter)]
@@ -49,7 +50,9 @@ class Axes:
 
     def batched(self, size: Any) -> "Axes":
         """Returns the axes with one more of the batch, the first."""
-        letter = next(letter for letter in string.ascii_lowercase if letter not in self.letters)
+        letter = next((letter for letter in _BATCH if letter not in self.letters), None)
+        if letter is None:
+            raise ValueError(f"at most {len(_BATCH)} batch dims, those of vmap included, have a letter")
         return Axes(letter + self.letters, (size, *self.sizes))
 
     def replace(self, **sizes: Any) -> "Axes":
@@ -65,10 +68,6 @@ class Axes:
     def are_known(self) -> bool:
         """Whether no size is symbolic."""
         return all(isinstance(size, int) for size in self.sizes)
-
-    def bare(self, letters: str) -> str:
-        """Those of `letters` that an array has: axes of 1 have no letter, but T and S, which are cut into blocks."""
-        return "".join(letter for letter in letters if letter in "TS" or not is_one(self[letter]))
 
 
 class Order(NamedTuple):

@@ -462,3 +462,40 @@ def test_what_the_table_of_modes_cannot_show():
     close(jnp.einsum("tnvskw,skw->tnv", jacobian, v), f(v))
     ones = jnp.ones((5, 2, V))
     close(quick(lambda v: jax.vjp(f, v)[1](ones)[0], v), jnp.einsum("tnvskw,tnv->skw", jacobian, ones))
+
+
+@both
+def test_linear_transpose_along_the_values(implementation):
+    q, k, v = draw()
+    ct = np.ones((T, N, V), np.float32)
+
+    def f(v):
+        return jattn.attention(q, k, v, mask=masks.Window(3, 2), q_offset=0, implementation=implementation)
+
+    close(jax.linear_transpose(f, v)(ct), jax.vjp(f, v)[1](ct))
+    with pytest.raises(NotImplementedError, match="linear in the values alone"):
+        jax.linear_transpose(lambda q: jattn.attention(q, k, v, q_offset=0, implementation=implementation), q)(ct)
+
+
+@both
+def test_without_jit_in_a_mesh_with_explicit_axes(implementation):
+    explicit = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    args = draw(2)
+
+    def loss(q, k, v):
+        return jnp.sin(jattn.attention(q, k, v, implementation=implementation)).sum()
+
+    wanted = jax.grad(loss, (0, 1, 2))(*args)
+    with jax.set_mesh(explicit):
+        placed = [jax.device_put(x, jax.NamedSharding(explicit, jax.P("batch"))) for x in args]
+        close(jax.tree.map(np.asarray, jax.grad(loss, (0, 1, 2))(*placed)), jax.tree.map(np.asarray, wanted))
+        close(np.asarray(jax.vmap(jax.grad(loss))(*placed)), np.asarray(wanted[0]))
+
+
+@both
+def test_many_vmaps(implementation):
+    def nested(depth, f):
+        return f if depth == 0 else jax.vmap(nested(depth - 1, f))
+
+    x = jnp.ones((*[1] * 30, 3, 1, 2))
+    assert nested(30, lambda x: jattn.attention(x, x, x, implementation=implementation))(x).shape == x.shape

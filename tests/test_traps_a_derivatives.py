@@ -418,3 +418,19 @@ def test_a14_narrow_gradients_stay_within_the_error_of_plain_code(implementation
     for got, near, true in zip(ours, narrow, exact, strict=True):
         budget = 2 * (np.abs(near - true).max() + float(jnp.finfo(dtype).eps) * np.abs(true).max())
         assert np.abs(got - true).max() <= budget
+
+
+@both
+def test_a1_second_order_through_the_lse_alone(implementation, x64):
+    x = qkv(T=5, S=5)
+
+    def cubed(f):
+        return lambda q: (f(q) ** 3).sum()
+
+    ours = cubed(lambda q: jattn.attention_with_lse(q, *x[1:], mask=masks.Causal(), implementation=implementation)[1])
+    wanted = cubed(lambda q: plain.attend(q, *x[1:], np.tril(np.ones((5, 5), bool)))[1])
+
+    def twice(f):
+        return jax.grad(lambda q: (jax.grad(f)(q) ** 2).sum())
+
+    assert_close(quick(twice(ours), x[0]), quick(twice(wanted), x[0]))

@@ -400,3 +400,16 @@ def test_c15_nothing_to_ask_or_nothing_to_answer(implementation, T, S, mask):
     for gradient, array in zip(gradients, x, strict=True):
         np.testing.assert_array_equal(gradient, jnp.zeros_like(array))
     assert jattn.attention_weights(*x[:2], mask=mask, **at).shape == (2, N, T, S)
+
+
+@both
+def test_c1_whatever_the_cotangent_of_a_row_without_keys_holds(implementation):
+    q, k, v = qkv(T=5, S=5)
+    mask = masks.Dense(jnp.asarray(np.tril(np.ones((5, 5), bool), -1)))  # the first row has none
+
+    def pulled(cotangent):
+        _, pull = jax.vjp(lambda *x: jattn.attention(*x, mask=mask, implementation=implementation), q, k, v)
+        return pull(cotangent)
+
+    clean = jnp.ones((5, 6, 3)).at[0].set(0)
+    chex.assert_trees_all_equal(quick(pulled, clean.at[0].set(jnp.nan)), quick(pulled, clean))

@@ -29,6 +29,10 @@ class Implementation(Protocol):
     def name(self) -> str:
         """What the caller writes for it."""
 
+    @property
+    def skips(self) -> bool:
+        """Whether it leaves out the blocks that the mask leaves empty."""
+
     def refuses(self, problem: Problem, target: Target) -> str | None:
         """Returns why it cannot or should not take the problem; None if it takes it."""
 

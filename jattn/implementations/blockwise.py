@@ -28,6 +28,7 @@ class Blockwise:
     block_q: int | None = None
     block_kv: int | None = None
     name: ClassVar[str] = "blockwise"
+    skips: ClassVar[bool] = True
     backward: ClassVar[None] = None
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class Dense:
 
     sparing: bool = False
     name: ClassVar[str] = "dense"
+    skips: ClassVar[bool] = False
     backward: ClassVar[None] = None
 
     def refuses(self, problem: Problem, target: Target) -> str | None:
