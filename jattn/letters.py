@@ -126,7 +126,7 @@ class Lettered:
         """Returns the part of an axis from `start` on. A batch or head axis cut to 1 has no letter any more.
 
         Args:
-          barrier: keeps XLA from widening the whole array before a loop over its slices, where they are widened each.
+          barrier: keeps a narrow array narrow outside of the loop that cuts it.
         """
         if axis not in self.letters:
             return self
@@ -135,8 +135,7 @@ class Lettered:
         if array.shape[at] == 0:  # a loop that runs no times asks for this
             shape = (*array.shape[:at], *((size,) if axis in letters else ()), *array.shape[at + 1 :])
             return self.replace(jnp.zeros(shape, array.dtype), letters)
-        if barrier and checks.is_narrow(array):
-            array, start = lax.optimization_barrier((array, start))
+        array, start = _cut_within_loop(array, start, barrier)
         part = lax.dynamic_slice_in_dim(array, start, size, at, allow_negative_indices=False)
         return self.replace(part if letters == self.letters else lax.squeeze(part, [at]), letters)
 
@@ -172,10 +171,16 @@ class Lettered:
         size, array = self.size("T"), self.array
         if isinstance(size, int) and size % block == 0:
             return self.slice("T", start, block, barrier=barrier)
-        if barrier and checks.is_narrow(array):
-            array, start = lax.optimization_barrier((array, start))
+        array, start = _cut_within_loop(array, start, barrier)
         index = jnp.minimum(start + jnp.arange(block, dtype=jnp.int32), size - 1)
         return self.replace(jnp.take(array, index, axis=self.letters.index("T"), mode="clip"))
+
+
+def _cut_within_loop(array: Any, start: Any, barrier: bool) -> tuple[Any, Any]:
+    # XLA has no narrow floats on a CPU. It widens what is cut, and because that is the same array each time, it would
+    # do so before the loop; the barrier says that it is not.
+    narrow = barrier and checks.is_narrow(array)
+    return lax.optimization_barrier((array, start)) if narrow else (array, start)
 
 
 def fit(array: Any, letters: str, order: str) -> Any:

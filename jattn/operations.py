@@ -98,6 +98,7 @@ class Attend(Operation):
         chex.assert_axis_dimension(problem.v.array, problem.v.letters.index("S"), problem.k.size("S"))
         implementation, _ = choose(problem, where, self.asked)
         state = implementation.forward(implementation.plan(problem, where), problem)
+        # `softmax.output` is written for its derivative, which never passes here.
         return [state.o / jnp.where(state.l == 0, 1, state.l)[..., None], state.l, state.m]
 
     def batched(self, size: Any, mapped: Sequence[bool]) -> Batched | None:
