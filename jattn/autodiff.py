@@ -120,11 +120,12 @@ def _attends(operation: Operation) -> bool:
     return _attends(operation.of) if isinstance(operation, Vmap) else isinstance(operation, Attend)
 
 
-def _tangent(operation: Any, live: tuple[int, ...]) -> Operation:
+def _tangent(operation: Operation, live: tuple[int, ...]) -> Operation:
     """The tangent of attention, under the same `vmap`s."""
-    if isinstance(operation, Attend):
+    if not isinstance(operation, Vmap):
+        assert isinstance(operation, Attend)
         return Tangent(operation, live)
-    return Vmap(_tangent(operation.of, live), operation.size, (*operation.mapped, *[True] * (3 + len(live))))
+    return operation.around(_tangent(operation.of, live), 3 + len(live))
 
 
 def _spread(operation: Operation, leaf: int, direction: jax.Array) -> jax.Array:
@@ -170,15 +171,21 @@ def _takes(operation: Any) -> tuple[bool, ...] | None:
     return _takes(operation.of) if isinstance(operation, Vmap) else getattr(operation, "given", None)
 
 
-def _batch(args: Sequence[Any], dims: Sequence[Any], *, operation: Operation) -> tuple[list[Any], list[int]]:
-    """One more batch axis of the problem; where only directions differ between examples, a `vmap` over these alone."""
-    size = next(arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None)
+def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, operation: Operation) -> tuple[list[Any], list[Any]]:
+    """One more batch axis of the problem.
+
+    It stays a `vmap` where only directions differ between examples, or where a function may ask for its name.
+    """
+    size, name = axis.size, axis.name if isinstance(axis.name, str) and operation.calls_functions else None
     mapped = [dim is not None for dim in dims]
+    if name is None and not any(mapped):
+        results = _bind(*args, operation=operation)
+        return results, [None] * len(results)
     fixed = len(args) if operation.fixed is None else operation.fixed
-    found = operation.batched(size, mapped) if any(mapped[:fixed]) else None
+    found = operation.batched(size, mapped) if any(mapped[:fixed]) and name is None else None
     if found is None:
         has = [*mapped[:fixed], *[True] * (len(args) - fixed)]
-        operation = Vmap(operation, size, tuple(has))
+        operation = Vmap(operation, size, tuple(has), name)
         found = Batched(operation, [0 if h else None for h in has], [0] * len(operation.outputs(args)))
     each = zip(args, dims, found.places, strict=True)
     moved = [arg if at is None else _with_axis(arg, dim, size, at) for arg, dim, at in each]
@@ -198,6 +205,6 @@ attention_p.def_impl(_evaluate)
 attention_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[attention_p] = _jvp
 ad.primitive_transposes[attention_p] = _transpose
-batching.primitive_batchers[attention_p] = _batch
+batching.fancy_primitive_batchers[attention_p] = _batch
 for _platform in (None, "cpu", "cuda", "rocm", "tpu"):
     mlir.register_lowering(attention_p, _lower(_platform), platform=_platform)

@@ -1,6 +1,6 @@
 """The public attention functions: check the arguments, attend, give the results back in the caller's layout."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,16 +70,7 @@ def attention(
         queries stand.
       TypeError: dtypes that are not real floating, or arguments that are not what they should be.
     """
-    options = Options(
-        mask=mask,
-        scores=scores,
-        scale=scale,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        dropout=dropout,
-    )
-    return _attend(query, key, value, options, implementation)[0]
+    return _attend(query, key, value, _options(locals()), implementation)[0]
 
 
 def attention_with_lse(
@@ -110,16 +101,7 @@ def attention_with_lse(
     Raises:
       ValueError, TypeError: as in `attention`.
     """
-    options = Options(
-        mask=mask,
-        scores=scores,
-        scale=scale,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        dropout=dropout,
-    )
-    out, state = _attend(query, key, value, options, implementation)
+    out, state = _attend(query, key, value, _options(locals()), implementation)
     return out, softmax.log_sum_exp(state)
 
 
@@ -153,18 +135,14 @@ def attention_weights(
     Raises:
       ValueError, TypeError: as in `attention`; ValueError for rows out of range, if they are known.
     """
-    options = Options(
-        mask=mask,
-        scores=scores,
-        scale=scale,
-        q_offset=q_offset,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        dropout=dropout,
-    )
-    problem = lay_out(query, key, jnp.asarray(key)[..., :0], options)
+    problem = lay_out(query, key, jnp.asarray(key)[..., :0], _options(locals()))
     p: jax.Array = dense.weights(problem if rows is None else _take_rows(problem, rows), target.now())
     return p
+
+
+def _options(arguments: dict[str, Any]) -> Options:
+    """Those of the arguments of a public function that are options."""
+    return cast(Options, {name: arguments[name] for name in Options.__annotations__})
 
 
 def _attend(query: Any, key: Any, value: Any, options: Options, implementation: Any) -> tuple[jax.Array, Running]:

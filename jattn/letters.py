@@ -119,7 +119,7 @@ class Lettered:
         return len(self.array.shape) > len(self.letters)
 
     def fitted(self, order: Order) -> Any:
-        """Returns the array with the axes of a block, 1 where it has none; without letters as it is: it broadcasts."""
+        """Returns the array with the axes of a block, 1 where it has none; what goes whole as it is."""
         return self.array if self.fits == WHOLE else fit(self.array, self.letters, order.of(self.fits))
 
     def slice(self, axis: str, start: Any, size: int, *, barrier: bool = False) -> "Lettered":
@@ -184,8 +184,8 @@ def _cut_within_loop(array: Any, start: Any, barrier: bool) -> tuple[Any, Any]:
 
 
 def fit(array: Any, letters: str, order: str) -> Any:
-    """Brings the lettered axes of an array into an order, 1 where it has none; without letters it is left as it is."""
-    if not letters or letters == order:
+    """Brings the lettered axes of an array into an order, 1 where it has none."""
+    if letters == order:
         return array
     places = [order.index(letter) for letter in letters]
     permutation = sorted(range(len(letters)), key=places.__getitem__)

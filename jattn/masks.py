@@ -21,18 +21,19 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import checks, closures
+from jattn import checks, values
 from jattn.intervals import Interval
 from jattn.letters import Axes, Order, fitted
 from jattn.values import Value
 
 _INT32 = np.iinfo(np.int32)
+_UNKNOWN = Interval(np.False_, np.True_)
 
 
 class Mask(Value):
@@ -122,7 +123,7 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
         empty_ij = not possible(mask on q block i, kv block j),   full_ij = certain(mask on q block i, kv block j)
 
     Args:
-      mask: a mask whose arrays are `[..., T, S]`, each axis full or 1, or have no axes.
+      mask: a mask whose arrays are `[..., T, S]`, each axis full or 1.
       q_pos: `[..., T, 1]` positions; NumPy positions and static masks give NumPy answers.
       kv_pos: `[..., 1, S]` positions.
       block_q: rows of a block. block_kv: its columns. What is left over makes a smaller last block.
@@ -135,8 +136,6 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
 
     def interval(array: Any) -> Interval:
         xp = np if isinstance(array, np.ndarray) else jnp
-        if array.ndim == 0:
-            return Interval(array, array)
         flat = array.reshape((math.prod(array.shape[:-2]), *array.shape[-2:]))
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
@@ -148,8 +147,8 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
 
 
 def opened(mask: Mask) -> Mask:
-    """Returns the mask with what its functions close over, of an enclosing trace, among their arguments."""
-    return _each(lambda part: part.opened() if isinstance(part, Function) else part, mask)
+    """Returns the mask with what its functions close over, of an enclosing trace, among its arrays."""
+    return _each(lambda part: _Opened.of(part, (jnp.int32, jnp.int32)), mask)
 
 
 def known(mask: Mask) -> Mask:
@@ -390,21 +389,26 @@ class Function(Mask):
         object.__setattr__(self, "fn", fn)
         object.__setattr__(self, "args", args)
 
-    def opened(self) -> "Function":
-        """Returns the mask with what `fn` closes over, of an enclosing trace, among its arguments."""
-        found = closures.opened(self.fn, (jnp.int32, jnp.int32), *self.args)
-        return self if found is None else self.replace(fn=found[0], args=(found[1], *self.args))
-
     def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         return self  # whatever the arguments are
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         if isinstance(q_pos, Interval):
-            return Interval(np.False_, np.True_)
+            return _UNKNOWN
         allowed = self.fn(q_pos, kv_pos, *self.args)
         if jnp.result_type(allowed) != jnp.bool_:
             raise TypeError(f"Function mask {self.fn!r} must return booleans, got {jnp.result_type(allowed)}")
         return jnp.asarray(allowed)
+
+
+class _Opened(values.Opened, Mask):
+    """A mask whose functions close over arrays being traced, these being among its own."""
+
+    def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
+        return lambda q_pos, kv_pos: _UNKNOWN
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return self.filled(q_pos, kv_pos)
 
 
 class _Joined(Mask):
@@ -416,9 +420,6 @@ class _Joined(Mask):
     @property
     def is_ordered(self) -> bool:
         return any(mask.is_ordered for mask in self.masks)
-
-    def lettered(self, axes: Axes) -> Self:
-        return self.replace(masks=tuple(mask.lettered(axes) for mask in self.masks))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return functools.reduce(self.operator, (mask(q_pos, kv_pos) for mask in self.masks))
@@ -450,9 +451,6 @@ class Not(Mask):
     @property
     def is_ordered(self) -> bool:
         return self.mask.is_ordered
-
-    def lettered(self, axes: Axes) -> "Not":
-        return self.replace(mask=self.mask.lettered(axes))
 
     def __invert__(self) -> Mask:
         return self.mask

@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jattn import checks, letters
+from jattn import checks, letters, values
 from jattn.implementations import choose
 from jattn.implementations.base import Backward, Implementation
 from jattn.implementations.loops import varying
@@ -33,6 +33,12 @@ class Operation:
         """The target of the call that it comes from."""
         of: Operation = getattr(self, "of")  # noqa: B009
         return of.where
+
+    @property
+    def calls_functions(self) -> bool:
+        """Whether functions of the caller's own take part, which may ask for the names of axes."""
+        of: Operation = getattr(self, "of")  # noqa: B009
+        return of.calls_functions
 
     @property
     def fixed(self) -> int | None:
@@ -82,6 +88,11 @@ class Attend(Operation):
     @property
     def where(self) -> Target:
         return self.called
+
+    @property
+    def calls_functions(self) -> bool:
+        problem: Problem = self.tree.unflatten(range(self.tree.num_leaves))
+        return values.calls_functions((problem.mask, *problem.modifiers))
 
     @property
     def fixed(self) -> None:
@@ -271,6 +282,7 @@ class Vmap(Operation):
     of: Operation
     size: Any
     mapped: tuple[bool, ...]  # which arguments have the axis: all directions do
+    name: Any = None
 
     @property
     def fixed(self) -> int | None:
@@ -292,15 +304,18 @@ class Vmap(Operation):
         return [((self.size, *shape), dtype) for shape, dtype in self.of.outputs(self._inner(avals))]
 
     def along(self, which: Sequence[bool]) -> "Vmap":
-        of = self.of.along(which)
-        return Vmap(of, self.size, (*self.mapped[: self.fixed], *[True] * sum(which)))
+        return self.around(self.of.along(which), sum(which))
 
     def transposed(self, given: tuple[bool, ...]) -> "Vmap":
-        return Vmap(self.of.transposed(given), self.size, (*self.mapped[: self.fixed], *[True] * sum(given)))
+        return self.around(self.of.transposed(given), sum(given))
+
+    def around(self, of: Operation, directions: int) -> "Vmap":
+        """Returns the same `vmap` of another operation, of the same arguments and so many directions."""
+        return dataclasses.replace(self, of=of, mapped=(*self.mapped[: self.fixed], *[True] * directions))
 
     def __call__(self, where: Target, args: Sequence[jax.Array]) -> list[jax.Array]:
         in_axes = [0 if m else None for m in self.mapped]
-        return jax.vmap(lambda *args: self.of(where, args), in_axes)(*args)
+        return jax.vmap(lambda *args: self.of(where, args), in_axes, axis_name=self.name, axis_size=self.size)(*args)
 
 
 def _batched_transpose(operation: Any, of: Any, size: Any, mapped: Sequence[bool]) -> Batched | None:

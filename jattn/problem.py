@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from jattn import checks, letters, masks, softmax
 from jattn.intervals import Interval
-from jattn.letters import KEYS, ROWS, Axes, Lettered, Order
-from jattn.scores import Dropout, Function, Modifier, Sink, as_scores
+from jattn.letters import KEYS, ROWS, WHOLE, Axes, Lettered, Order
+from jattn.scores import Dropout, Modifier, Sink, as_scores, opened
 from jattn.softmax import Running
 from jattn.target import Target
 from jattn.values import Value
@@ -194,7 +194,7 @@ class Block(NamedTuple):
         if self.at.sink is None:
             return None
         logits: jax.Array = self.at.sink.logits.astype(checks.wide(self.at.q))
-        return logits[..., 0] if logits.ndim else logits
+        return logits[..., 0]
 
     def _guarded(self, keep: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Puts 0 for queries that may attend to nothing and for keys and values that nobody may attend to.
@@ -269,20 +269,15 @@ def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
         q=Lettered.bare(q, axes.batch + "TKG", ROWS, "T"),
         k=Lettered.bare(key.astype(dtype), axes.batch + "SK", KEYS, "S"),
         v=Lettered.bare(value.astype(dtype), axes.batch + "SK", KEYS, "S"),
-        scale=Lettered(scale.astype(wide), ""),
+        scale=Lettered(scale.astype(wide), "", WHOLE),
         mask=_lettered("mask", masks.opened(mask), axes),
-        modifiers=tuple(_lettered("scores", m, axes) for m in _opened(modifiers, wide)),
+        modifiers=tuple(_lettered("scores", m, axes) for m in opened(modifiers, wide)),
         sink=None if sink is None else _lettered("scores", sink, axes),
         dropout=None if dropout is None or dropout.rate == 0 else dropout.lettered(axes),
         q_pos=q_pos,
         kv_pos=kv_pos,
         axes=axes,
     )
-
-
-def _opened(scores: tuple[Value, ...], dtype: Any) -> list[Modifier]:
-    modifiers = [score for score in scores if isinstance(score, Modifier)]
-    return [m.opened(dtype) if isinstance(m, Function) else m for m in modifiers]
 
 
 def _lettered(name: str, value: _ValueT, axes: Axes) -> _ValueT:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
-from jattn import checks, closures
+from jattn import checks, values
 from jattn.letters import Axes, Lettered
 from jattn.values import Value
 
@@ -182,10 +182,7 @@ class RelativePosition(Modifier):
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         buckets = self.table.shape[-1]
-        shared = self.table.ndim == 1  # by all heads
-        table = self.table.reshape(
-            (1,) * (score.ndim - 1) + (buckets,) if shared else (*self.table.shape[:-2], buckets)
-        )
+        table = self.table.reshape((*self.table.shape[:-2], buckets))  # what it has for keys is an axis of 1
         bucket = self.bucket(kv_pos - q_pos, buckets)
         return score + jnp.take_along_axis(table.astype(score.dtype), bucket, axis=-1, mode="promise_in_bounds")
 
@@ -209,15 +206,6 @@ class Function(Modifier):
         if not callable(self.fn):
             raise TypeError(f"Function fn must be callable, fn(score, q_pos, kv_pos, params), got {self.fn!r}")
 
-    def opened(self, dtype: Any) -> "Function":
-        """Returns the modifier with what `fn` closes over, of an enclosing trace, among its parameters.
-
-        Args:
-          dtype: of the scores.
-        """
-        found = closures.opened(self.fn, (dtype, jnp.int32, jnp.int32), self.params)
-        return self if found is None else self.replace(fn=_unpacking(found[0]), params=(found[1], self.params))
-
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         changed: jax.Array = self.fn(score, q_pos, kv_pos, self.params)
         if jnp.shape(changed) != score.shape or jnp.result_type(changed) != score.dtype:
@@ -225,6 +213,14 @@ class Function(Modifier):
                 f"Function scores must return {score.dtype}{list(score.shape)} as they came, "
                 f"got {jnp.result_type(changed)}{list(jnp.shape(changed))}"
             )
+        return changed
+
+
+class _Opened(values.Opened, Modifier):
+    """A modifier whose functions close over arrays being traced, these being among its own."""
+
+    def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
+        changed: jax.Array = self.filled(score, q_pos, kv_pos)
         return changed
 
 
@@ -292,10 +288,6 @@ class Dropout(Value):
         return stays
 
 
-def _unpacking(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda score, q_pos, kv_pos, params: fn(score, q_pos, kv_pos, *params)
-
-
 def as_scores(scores: Any) -> tuple[Value, ...]:
     """Returns `scores` as a tuple of modifiers and at most one Sink; TypeError or ValueError for anything else."""
     scores = (scores,) if isinstance(scores, Value) else scores
@@ -307,6 +299,16 @@ def as_scores(scores: Any) -> tuple[Value, ...]:
     if sum(isinstance(score, Sink) for score in scores) > 1:
         raise ValueError("scores may hold one Sink, got more: add their exponentials instead")
     return tuple(scores)
+
+
+def opened(scores: tuple[Value, ...], dtype: Any) -> list[Modifier]:
+    """Returns the modifiers, with what their functions close over, of an enclosing trace, among their arrays.
+
+    Args:
+      dtype: of the scores.
+    """
+    modifiers = [score for score in scores if isinstance(score, Modifier)]
+    return [_Opened.of(modifier, (dtype, jnp.int32, jnp.int32)) for modifier in modifiers]
 
 
 def _threefry(

@@ -6,12 +6,14 @@ axes, so that a block of the problem takes the same slice of everything.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn import closures
 from jattn.letters import WHOLE, Axes, Lettered
 
 Array = jax.Array | np.ndarray
@@ -36,15 +38,9 @@ class Value:
         jax.tree_util.register_pytree_node(cls, cls._flatten, cls._unflatten)
 
     def _flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        children, dynamic, static = [], [], []
-        for name in self._fields:
-            value = getattr(self, name)
-            if name in self.payload or not _is_static(value):
-                children.append(value)
-                dynamic.append(name)
-            else:
-                static.append((name, value))
-        return tuple(children), (tuple(dynamic), tuple(static))
+        static = self.static()
+        dynamic = tuple(name for name in self._fields if name not in static)
+        return tuple(getattr(self, name) for name in dynamic), (dynamic, tuple(static.items()))
 
     @classmethod
     def _unflatten(cls, aux: tuple[Any, ...], children: Any) -> Self:
@@ -74,19 +70,68 @@ class Value:
         The leading dims of an array are the batch dims, aligned right; one more than the batch has is a head axis.
         ValueError if an array does not fit.
         """
-        changes: dict[str, Any] = {}
-        for name in self.payload:
-            changes[name] = jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), getattr(self, name))
-        for name, own_axes in self.axes.items():
-            array = getattr(self, name)
-            if not _is_static(array):
-                changes[name] = _lettered(array, own_axes, axes, f"{type(self).__name__}.{name}")
-        return self.replace(**changes) if changes else self
+        return self.replace(**{name: self._lettered(name, field, axes) for name, field in vars(self).items()})
+
+    def _lettered(self, name: str, field: Any, axes: Axes) -> Any:
+        if name in self.payload:
+            return jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), field)
+        if _is_static(field):
+            return field
+        if name in self.axes:
+            return _lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}")
+        parts, tree = jax.tree.flatten(field, is_leaf=lambda leaf: isinstance(leaf, Value))
+        if not all(isinstance(part, Value) for part in parts):
+            raise TypeError(
+                f"{type(self).__name__}.{name} holds an array, so its class must name it in `axes`, with the axes that "
+                f"it has of N, T and S, or in `payload`, if it has none of them; got {_show(field)}"
+            )
+        return jax.tree.unflatten(tree, [part.lettered(axes) for part in parts])
+
+    def static(self) -> dict[str, Any]:
+        """The fields that are no arrays."""
+        return {name: field for name, field in vars(self).items() if name not in self.payload and _is_static(field)}
 
     def replace(self, **changes: Any) -> Self:
         """Returns the value with some fields changed, unchecked."""
-        fields = {name: getattr(self, name) for name in self._fields}
-        return self._unflatten(((), tuple((fields | changes).items())), ())
+        return self._unflatten(((), tuple((vars(self) | changes).items())), ())
+
+
+class Opened(Value):
+    """A value whose functions close over arrays being traced, with these among its own arrays.
+
+    Args:
+      value: the value, its static fields with holes for the arrays.
+      call: `__call__` of its class, with such holes.
+      captured: the arrays.
+    """
+
+    value: Any
+    call: Any
+    captured: Any
+    payload: ClassVar[tuple[str, ...]] = ("captured",)
+
+    @classmethod
+    def of(cls, value: Any, dtypes: Sequence[Any]) -> Any:
+        """Opens a value; one that closes over nothing is returned as it is.
+
+        Args:
+          dtypes: of what it is called with.
+        """
+        parts, captured = closures.emptied((value.static(), type(value).__call__))
+        if calls_functions(value) and not value.axes:  # else its arrays have no shape yet in which it could be called
+            leaves, tree = jax.tree.flatten(value)
+            elements = [jax.ShapeDtypeStruct((1, 1), dtype) for dtype in dtypes]
+
+            def call(parts: Any, leaves: Any, elements: Any) -> Any:
+                return parts[1](jax.tree.unflatten(tree, leaves).replace(**parts[0]), *elements)
+
+            parts, captured = closures.without_unused(parts, captured, call, leaves, elements)
+        return cls(value.replace(**parts[0]), parts[1], captured) if captured else value
+
+    def filled(self, *args: Any) -> Any:
+        """Returns what the value gives, called with the arrays in their places."""
+        fields, call = closures.filled((self.value.static(), self.call), self.captured)
+        return call(self.value.replace(**fields), *args)
 
 
 def _lettered(array: Array, own_axes: str, axes: Axes, name: str) -> Lettered:
@@ -112,6 +157,16 @@ def _lettered(array: Array, own_axes: str, axes: Axes, name: str) -> Lettered:
         parted = axes.shape("KG") if size == N else (1, 1)
         sizes += parted if letter == "N" else [size]
     return Lettered.bare(array.reshape(sizes), letters.replace("N", "KG"))
+
+
+def calls_functions(value: Any) -> bool:
+    """Whether a value, or any of several, calls what is not of this library."""
+    if isinstance(value, tuple):
+        return any(map(calls_functions, value))
+    if not isinstance(value, Value):
+        return callable(value)
+    foreign = not type(value).__module__.startswith(f"{__package__}.")
+    return foreign or any(map(calls_functions, vars(value).values()))
 
 
 def _is_static(field: Any) -> bool:

@@ -500,7 +500,7 @@ def test_errors(name):
         (Window(1, 0), 5, 0, True),
         (Window(1, 1) & Lengths(kv=4), 5, 0, False),
         (Window(2, 2) & ~Window(1, 1), 5, 0, False),  # all do, but nothing is known
-        (Function(np.greater_equal), 5, 0, False),
+        (Function(jnp.greater_equal), 5, 0, False),
         (Lengths(kv=np.int32(5)), 5, 0, False),  # an array decides
         (Causal(), 0, 0, False),
         (Empty(), 5, 0, False),
