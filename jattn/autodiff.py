@@ -7,16 +7,19 @@ sees one operation and none of its scores, and a kernel can take its place.
 Policies can name what the backward pass needs: "jattn_out" and "jattn_lse".
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jattn.implementations import LOOPLESS
 from jattn.implementations.base import Implementation
 from jattn.implementations.loops import varying
 from jattn.operations import Attend, Batched, Jvp, Operation, Tangent, Vmap, direction_dtype
@@ -199,6 +202,17 @@ def _with_axis(array: Any, dim: int | None, size: Any, at: int) -> Any:
     return jnp.broadcast_to(jnp.expand_dims(array, at), (*array.shape[:at], size, *array.shape[at:]))
 
 
+def _jet(primals: Sequence[Any], series: Sequence[Any], *, operation: Operation) -> Any:
+    """Taylor series by `jet`, which cannot see into loops: those of dense attention."""
+    if not isinstance(operation, Attend) or operation.asked not in (None, LOOPLESS):
+        raise NotImplementedError(
+            f"jax.experimental.jet sees into {LOOPLESS.name} attention only, and into none of its derivatives: take "
+            f"implementation={LOOPLESS.name!r} or None, or jax.jvp of jax.jvp, which has no limit of order"
+        )
+    loopless = dataclasses.replace(operation, asked=LOOPLESS)
+    return jet.jet(lambda *args: loopless(loopless.where, args), primals, series, factorial_scaled=False)
+
+
 attention_p = Primitive("jattn_attention")
 attention_p.multiple_results = True
 attention_p.def_impl(_evaluate)
@@ -206,5 +220,6 @@ attention_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[attention_p] = _jvp
 ad.primitive_transposes[attention_p] = _transpose
 batching.fancy_primitive_batchers[attention_p] = _batch
+jet.jet_rules[attention_p] = cast(Any, _jet)
 for _platform in (None, "cpu", "cuda", "rocm", "tpu"):
     mlir.register_lowering(attention_p, _lower(_platform), platform=_platform)

@@ -8,7 +8,8 @@ from jattn.implementations.dense import Dense as Dense
 from jattn.problem import Problem
 from jattn.target import Target
 
-BY_NAME: dict[str, Implementation] = {"dense": Dense(), "blockwise": Blockwise()}
+LOOPLESS: Implementation = Dense()  # for transforms that cannot see into loops
+BY_NAME: dict[str, Implementation] = {"dense": LOOPLESS, "blockwise": Blockwise()}
 CANDIDATES: tuple[Implementation, ...] = (Dense(sparing=True), Blockwise())  # the first that does not refuse is taken
 
 
