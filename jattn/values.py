@@ -1,8 +1,9 @@
 """Values: what masks and score modifiers have in common.
 
-A value is frozen, compared by content, and a pytree whose arrays are dynamic and whose numbers are static. So it passes
-through jit, vmap and scan. `lettered` gives every array that it carries the letters of its axes, for a problem of given
-axes, so that a block of the problem takes the same slice of everything.
+A value is frozen, compared by content, and a pytree. Its arrays are leaves and its numbers belong to its structure, by
+what they are when it is made: leaves of any other kind, such as the labels of an optimizer, change nothing of that. Key
+paths have the names of its fields. `lettered` gives every array that it carries the letters of its axes, for a problem
+of given axes, so that a block of the problem takes the same slice of everything.
 """
 
 import dataclasses
@@ -35,18 +36,33 @@ class Value:
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         cls._fields = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
-        jax.tree_util.register_pytree_node(cls, cls._flatten, cls._unflatten)
+        jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, cls._flatten)
+
+    def fields(self) -> dict[str, Any]:
+        """Each field by its name."""
+        return {name: getattr(self, name) for name in self._fields}
+
+    def static(self) -> dict[str, Any]:
+        """The fields that are no arrays: those that were none when the value was made, whatever its leaves are now."""
+        dynamic = vars(self).get("_dynamic")
+        if dynamic is not None:
+            return {name: field for name, field in self.fields().items() if name not in dynamic}
+        return {name: x for name, x in self.fields().items() if name not in self.payload and _is_static(x)}
 
     def _flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         static = self.static()
         dynamic = tuple(name for name in self._fields if name not in static)
         return tuple(getattr(self, name) for name in dynamic), (dynamic, tuple(static.items()))
 
+    def _flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children, aux = self._flatten()
+        return tuple(zip(map(jax.tree_util.GetAttrKey, aux[0]), children, strict=True)), aux
+
     @classmethod
     def _unflatten(cls, aux: tuple[Any, ...], children: Any) -> Self:
-        # JAX rebuilds pytrees with placeholders for leaves, so the checks of __post_init__ must not run here.
+        # JAX and others rebuild pytrees with all kinds of leaves (object(), None, labels), so nothing is checked here.
         value = object.__new__(cls)
-        for name, field in (*aux[1], *zip(aux[0], children, strict=True)):
+        for name, field in (*aux[1], *zip(aux[0], children, strict=True), ("_dynamic", aux[0])):
             object.__setattr__(value, name, field)
         return value
 
@@ -61,8 +77,7 @@ class Value:
         return hash((tree, *(np.shape(leaf) for leaf in leaves)))
 
     def __repr__(self) -> str:
-        fields = (getattr(self, name) for name in self._fields)
-        return f"{type(self).__name__}({', '.join(map(_show, fields))})"
+        return f"{type(self).__name__}({', '.join(map(_show, self.fields().values()))})"
 
     def lettered(self, axes: Axes) -> Self:
         """Returns the value with letters on its arrays, for a problem with these axes.
@@ -70,13 +85,13 @@ class Value:
         The leading dims of an array are the batch dims, aligned right; one more than the batch has is a head axis.
         ValueError if an array does not fit.
         """
-        return self.replace(**{name: self._lettered(name, field, axes) for name, field in vars(self).items()})
+        static = self.static()
+        changes = {name: self._lettered(name, x, axes) for name, x in self.fields().items() if name not in static}
+        return self.replace(**changes) if changes else self
 
     def _lettered(self, name: str, field: Any, axes: Axes) -> Any:
         if name in self.payload:
             return jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), field)
-        if _is_static(field):
-            return field
         if name in self.axes:
             return _lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}")
         parts, tree = jax.tree.flatten(field, is_leaf=lambda leaf: isinstance(leaf, Value))
@@ -87,13 +102,12 @@ class Value:
             )
         return jax.tree.unflatten(tree, [part.lettered(axes) for part in parts])
 
-    def static(self) -> dict[str, Any]:
-        """The fields that are no arrays."""
-        return {name: field for name, field in vars(self).items() if name not in self.payload and _is_static(field)}
-
     def replace(self, **changes: Any) -> Self:
         """Returns the value with some fields changed, unchecked."""
-        return self._unflatten(((), tuple((vars(self) | changes).items())), ())
+        value = object.__new__(type(self))
+        for name, field in (self.fields() | changes).items():
+            object.__setattr__(value, name, field)
+        return value
 
 
 class Opened(Value):
@@ -136,6 +150,7 @@ class Opened(Value):
 
 def _lettered(array: Array, own_axes: str, axes: Axes, name: str) -> Lettered:
     """Names the axes of an array `[*lead, *own_axes]`, whose own axes may be fewer: they broadcast."""
+    array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
     N = axes["K"] * axes["G"]
     shape = np.shape(array)
     split = max(len(shape) - len(own_axes), 0)
@@ -166,7 +181,7 @@ def calls_functions(value: Any) -> bool:
     if not isinstance(value, Value):
         return callable(value)
     foreign = not type(value).__module__.startswith(f"{__package__}.")
-    return foreign or any(map(calls_functions, vars(value).values()))
+    return foreign or any(map(calls_functions, value.fields().values()))
 
 
 def _is_static(field: Any) -> bool:

@@ -29,6 +29,30 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/closures.py",
+        "return isinstance(value, jax.Array) and bool(jax.typeof(value).sharding.mesh.explicit_axes)",
+        "return False",
+        ("test_closures.py::test_a_score_that_closes_over_a_tracer_on_several_devices",),
+    ),
+    Mutant(
+        "jattn/closures.py",
+        "is_used = [id(v) in used for v in",
+        "is_used = [True for v in",
+        ("test_closures.py::test_only_what_a_function_computes_with_is_an_operand",),
+    ),
+    Mutant(
+        "jattn/autodiff.py",
+        "axis.name if isinstance(axis.name, str) and operation.calls_functions else None",
+        "None",
+        ("test_closures.py::test_a_function_may_ask_for_the_name_of_an_axis_of_vmap",),
+    ),
+    Mutant(
+        "jattn/values.py",
+        'dynamic = vars(self).get("_dynamic")',
+        "dynamic = None",
+        ("test_values.py::test_leaves_of_any_kind_change_nothing_of_the_structure",),
+    ),
+    Mutant(
         "jattn/masks.py",
         "return allowed & (np.True_ if self.right is None else kv_pos <= _later(q_pos, self.right))",
         "return allowed & (np.True_ if self.right is None else kv_pos < _later(q_pos, self.right))",
