@@ -8,6 +8,7 @@ out = jattn.attention(q, k, v, mask=jattn.masks.Causal())      [..., T, N, H] ->
 from jattn import masks as masks
 from jattn import scores as scores
 from jattn.compat import dot_product_attention as dot_product_attention
+from jattn.compat import flax_attention_fn as flax_attention_fn
 from jattn.dispatch import attention as attention
 from jattn.dispatch import attention_weights as attention_weights
 from jattn.dispatch import attention_with_lse as attention_with_lse

@@ -1,15 +1,18 @@
 """Attention in the spelling of other libraries."""
 
+import functools
+import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from jattn import checks, masks
-from jattn.dispatch import attention_with_lse
+from jattn.dispatch import attention, attention_weights, attention_with_lse
 from jattn.implementations import Blockwise
-from jattn.scores import Bias
+from jattn.scores import Bias, Dropout
 
 
 def dot_product_attention(
@@ -85,3 +88,102 @@ def dot_product_attention(
     out, lse = attention_with_lse(*batched, mask=allowed, scores=scores, scale=scale, q_offset=0, implementation=chosen)
     out, lse = (out, lse) if batch else (out[0], lse[0])
     return (out, lse) if return_residual else out
+
+
+def flax_attention_fn(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Any = None,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+    promote_dtype: Any = None,
+    is_causal: bool = False,
+) -> jax.Array:
+    """Attends, called as flax calls the `attention_fn` of its layers, linen and nnx.
+
+        out = dropout(softmax(q kᵀ / sqrt(H) + bias, masked)) v
+
+    It is `attention` in the words of flax's `dot_product_attention`, for training with dropout and for `decode=True`.
+    The softmax is always taken in float32 or wider. A query that may attend to nothing gets 0 (flax: the mean).
+
+    Args:
+      query: `[..., T, N, H]`. key: `[..., S, K, H]`. value: `[..., S, K, V]`.
+      bias: broadcastable to `[..., N, T, S]`, added to the scaled logits.
+      mask: broadcastable to `[..., N, T, S]`, of any dtype, as flax makes them: attending is allowed where it is not 0.
+      broadcast_dropout: whether all examples and heads drop the same weights.
+      dropout_rng: a JAX random key; wanted where there is dropout.
+      dropout_rate: 0 <= rate < 1.
+      deterministic: whether nothing is dropped.
+      dtype: of query, key and value, and so of the result. None: what theirs promote to.
+      precision: None or the default of JAX.
+      module: a module that is to keep the weights `[..., N, T, S]`, before dropout, as "attention_weights" among its
+        intermediates. None: they are never formed.
+      force_fp32_for_softmax: taken, and without effect.
+      einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: None.
+      promote_dtype: what promotes (query, key, value), as in nnx. None: as `dtype` says.
+      is_causal: whether key position s is seen only from query positions t >= s.
+
+    Returns:
+      `[..., T, N, V]`.
+
+    Raises:
+      NotImplementedError: another precision, or products of the caller's own.
+      ValueError, TypeError: as in `attention`; ValueError for dropout without a key.
+    """
+    _refuse(
+        precision,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+    arrays = tuple(checks.floating(n, a) for n, a in (("query", query), ("key", key), ("value", value)))
+    arrays = (promote_dtype or _promoted)(arrays, dtype=dtype)
+    allowed = masks.as_mask(None if mask is None else checks.as_array("mask", mask) != 0)
+    options: Any = dict(
+        mask=allowed & masks.Causal() if is_causal else allowed,
+        scores=() if bias is None else (Bias(checks.floating("bias", bias)),),
+        q_offset=0,
+    )
+    if module is not None:
+        _sow(module, attention_weights(*arrays[:2], **options).astype(arrays[0].dtype))
+    if dropout_rate and not deterministic:
+        options["dropout"] = _dropout(dropout_rate, dropout_rng, broadcast_dropout)
+    return attention(*arrays, **options)
+
+
+def _refuse(precision: Any, **products: Any) -> None:
+    if precision not in (None, "default", "fastest", jax.lax.Precision.DEFAULT):
+        raise NotImplementedError(
+            f"precision must be None: say jax.default_matmul_precision({str(precision).lower()!r}) round the call"
+        )
+    for name, given in products.items():
+        if given is not None:
+            raise NotImplementedError(f"{name} must be None: attention takes its products itself, got {given!r}")
+
+
+def _promoted(arrays: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...]:
+    dtype = functools.reduce(jnp.promote_types, [a.dtype for a in arrays]) if dtype is None else dtype
+    return tuple(a.astype(dtype) for a in arrays)
+
+
+def _dropout(rate: float, key: jax.Array | None, shared: bool) -> Dropout:
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} wants a dropout_rng, or deterministic=True")
+    return Dropout(rate, key, shared=shared)
+
+
+def _sow(module: Any, weights: jax.Array) -> None:
+    """Keeps weights among the intermediates of a module of linen, which has a scope, or of nnx."""
+    kind = "intermediates" if hasattr(module, "scope") else importlib.import_module("flax.nnx").Intermediate
+    module.sow(kind, "attention_weights", weights)

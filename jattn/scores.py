@@ -253,10 +253,12 @@ class Dropout(Value):
     Args:
       rate: a float, 0 <= rate < 1.
       key: a JAX random key.
+      shared: whether all examples and heads drop the same weights.
     """
 
     rate: float
     key: Any
+    shared: bool = False
     axes: ClassVar[dict[str, str]] = {}
     payload: ClassVar[tuple[str, ...]] = ("key",)
 
@@ -265,6 +267,8 @@ class Dropout(Value):
             raise TypeError(f"Dropout rate must be a Python float, got {self.rate!r}")
         if not 0 <= self.rate <= 1 - 2**-32:
             raise ValueError(f"Dropout rate must be 0 <= rate < 1, in steps of 2**-32, got {self.rate}")
+        if not isinstance(self.shared, bool):
+            raise TypeError(f"Dropout shared must be a bool, got {self.shared!r}")
         try:
             jax.eval_shape(jax.random.bits, self.key)
         except (TypeError, ValueError) as error:
@@ -273,9 +277,14 @@ class Dropout(Value):
             ) from error
 
     def lettered(self, axes: Axes) -> "Dropout":
-        """Returns the value with, for its key, two words for each batch element and head, `[*batch, K, G]` each."""
+        """Returns the value with, for its key, two words for each batch element and head, `[*batch, K, G]` each.
+
+        Or two for all of them, where these are shared.
+        """
         *batch, K, G, _, _ = axes.sizes
         words = jax.random.bits(self.key, (2,), jnp.uint32)
+        if self.shared:
+            return self.replace(key=tuple(Lettered(word, "") for word in words))
         element = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape((*batch, 1, 1))
         head = jnp.arange(K * G, dtype=jnp.uint32).reshape((1,) * len(batch) + (K, G))
         both = _threefry(words[0], words[1], element, head)

@@ -137,7 +137,7 @@ def test_the_library_stays_small():
 
 
 MANY_PARAMETERS = {
-    *("attention", "attention_with_lse", "attention_weights", "dot_product_attention"),
+    *("attention", "attention_with_lse", "attention_weights", "dot_product_attention", "flax_attention_fn"),
     *("init", "from_matrices"),
 }  # the public surface
 
@@ -219,6 +219,7 @@ CONTRACT = {
         "dot_product_attention",
         "enrich",
         "explain",
+        "flax_attention_fn",
         "from_matrices",
         "init",
         "lookup",

@@ -1,4 +1,4 @@
-"""`dot_product_attention` is jax.nn's, argument for argument, except where jax.nn is wrong; and flax's attention_fn."""
+"""`dot_product_attention` is jax.nn's, argument for argument, except where jax.nn is wrong."""
 
 import functools
 import inspect
@@ -242,36 +242,3 @@ def test_differs_in_what_the_docstring_lists():
     text = jattn.dot_product_attention.__doc__
     for word in ("jax.nn", "top left", "NaN", "float64", "residual", "gradient"):
         assert word.lower() in text.lower(), word
-
-
-# flax
-
-
-def test_attention_fn_of_flax_linen():
-    """linen hands over those of its keywords that the signature names."""
-    nn = pytest.importorskip("flax.linen")
-    x, mask = normal(B, T, 12), boolean(B, 1, T, T)
-    theirs = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=12)
-    ours = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=12, attention_fn=jattn.dot_product_attention)
-    params = theirs.init(jax.random.key(0), x)
-    np.testing.assert_allclose(ours.apply(params, x, mask=mask), theirs.apply(params, x, mask=mask), **TOL)
-    gradients = [jax.grad(lambda p, m=m: loss(m.apply(p, x, mask=mask)))(params) for m in (ours, theirs)]
-    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_fn_of_flax_nnx():
-    """nnx hands over all its keywords; those that jattn has no use for are named here, not swallowed."""
-    nnx = pytest.importorskip("flax.nnx")
-
-    def attention_fn(query, key, value, *, mask=None, is_causal=False, deterministic, dropout_rate, **unused):
-        assert deterministic or dropout_rate == 0
-        assert set(unused) == {"dropout_rng", "broadcast_dropout", "dtype", "precision", "module"}
-        return jattn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
-
-    x, mask = normal(B, T, 12), boolean(B, 1, T, T)
-    theirs, ours = (
-        nnx.MultiHeadAttention(4, 12, decode=False, rngs=nnx.Rngs(0), **given)
-        for given in ({}, dict(attention_fn=attention_fn))
-    )
-    np.testing.assert_allclose(ours(x, mask=mask), theirs(x, mask=mask), **TOL)
-    np.testing.assert_allclose(ours(x, is_causal=True), theirs(x, is_causal=True), **TOL)
