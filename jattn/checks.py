@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def floating(name: str, array: Any) -> jax.Array:
@@ -22,11 +23,25 @@ def floating(name: str, array: Any) -> jax.Array:
 
 
 def integer(name: str, array: Any) -> jax.Array:
-    """Returns `array` as an int32 JAX array; TypeError unless its dtype is an integer one."""
+    """Returns `array` as an int32 JAX array; TypeError unless its dtype is an integer one. As `int32` does."""
     result = as_array(name, array)
     if not jnp.issubdtype(result.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {result.dtype}")
-    return result.astype(jnp.int32)
+    return int32(name, array if hasattr(array, "dtype") else result)
+
+
+def int32(name: str, array: Any) -> jax.Array:
+    """Returns integers as int32: ValueError for known ones that it cannot hold, the nearest it can for traced ones."""
+    limits, own = np.iinfo(np.int32), np.iinfo(array.dtype)
+    if own.min >= limits.min and own.max <= limits.max:
+        return jnp.asarray(array).astype(jnp.int32)
+    if isinstance(array, jax.core.Tracer):
+        least, greatest = max(own.min, limits.min), min(own.max, limits.max)
+        return jnp.clip(array, np.array(least, array.dtype), np.array(greatest, array.dtype)).astype(jnp.int32)
+    known = np.asarray(array)
+    if known.size and not (limits.min <= known.min() and known.max() <= limits.max):
+        raise ValueError(f"{name} must be integers that fit int32, got {known.min()} ... {known.max()}")
+    return jnp.asarray(known.astype(np.int32))
 
 
 def boolean(name: str, array: Any) -> jax.Array:
@@ -35,6 +50,38 @@ def boolean(name: str, array: Any) -> jax.Array:
     if result.dtype != jnp.bool_:
         raise TypeError(f"{name} must be boolean, got dtype {result.dtype}")
     return result
+
+
+def count(name: str, value: Any, *, optional: bool = False) -> None:
+    """TypeError or ValueError unless `value` is an int from 0 to the greatest int32, or an integer array."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an int{', None' if optional else ''} or an integer array, got {value!r}")
+    if isinstance(value, int):
+        if not 0 <= value <= np.iinfo(np.int32).max:
+            raise ValueError(f"{name} must be from 0 to {np.iinfo(np.int32).max}, got {value}")
+        return
+    carried(name, value, jnp.integer, 0)
+
+
+def ids(name: str, array: Any) -> Any:
+    """Returns ids in a dtype of 32 bits at least; those that JAX would cut must fit int32."""
+    cut = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+    return int32(name, array) if cut or array.dtype.itemsize < 4 else array
+
+
+def carried(name: str, array: Any, kind: Any, least_rank: int, *, optional: bool = False) -> None:
+    """TypeError or ValueError unless `array` is an array of a kind, jnp.integer or jnp.bool_, with axes enough."""
+    if array is None and optional:
+        return
+    word = "a boolean" if kind == jnp.bool_ else "an integer"
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be {word} array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{name} must have {word} dtype, got {array.dtype}")
+    if array.ndim < least_rank:
+        raise ValueError(f"{name} must have at least {least_rank} axes, got shape {array.shape}")
 
 
 def rank(name: str, array: jax.Array, letters: str) -> None:
@@ -75,6 +122,8 @@ def as_array(name: str, array: Any) -> jax.Array:
     try:
         result: jax.Array = jnp.asarray(array)
         return result
+    except OverflowError as error:
+        raise ValueError(f"{name} must fit int32, got {array!r}") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {type(array).__name__}") from error
 

@@ -54,8 +54,8 @@ def attention(
       scores: modifiers of `jattn.scores`, applied in order behind the scale and before the mask.
       scale: a number. None: 1/sqrt(H).
       q_offset: position of the first query, an int or an int array `[...]`. An int is static, an array dynamic.
-      q_positions: `[..., T]` int positions of the queries, in place of `q_offset`.
-      kv_positions: `[..., S]` int positions of the keys. None: 0, 1, ...
+      q_positions: `[..., T]` int positions of the queries, in place of `q_offset`. At a negative one is no query.
+      kv_positions: `[..., S]` int positions of the keys. None: 0, 1, ... At a negative one is no key.
       dropout: a `jattn.Dropout`, or None.
       implementation: "dense", "blockwise" or a `jattn.Blockwise` with block sizes. None chooses; `explain` tells. For
         few queries against a cache that lies in memory as `[..., K, S, H]`, "dense" is the better choice on a CPU,

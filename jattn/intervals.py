@@ -53,5 +53,8 @@ class Interval:
     def __invert__(self) -> "Interval":
         return Interval(~self.hi, ~self.lo)
 
+    def __bool__(self) -> bool:
+        raise TypeError("what is known of a block is neither true nor false: join predicates by & | ~")
+
     __rand__ = __and__
     __ror__ = __or__

@@ -11,10 +11,10 @@ whether a whole block is empty, full or partial, without looking inside.
                                                                   ████
 
 Arrays that masks carry have the batch dims in front, aligned right. One more leading dim than the batch has is the
-heads. Arrays are dynamic: new arrays do not recompile. Integers in them are taken as int32 and must fit in it. Ints are
-static: they decide while tracing which blocks are empty. Arrays decide it while running, on a CPU, where examples and
-heads are gone through one by one, those of `vmap` too. Where several devices would have to agree on it, a block is
-masked and not skipped.
+heads. Arrays are dynamic: new arrays do not recompile. Integers in them, but ids of segments, are taken as int32 and
+must fit in it. Ints are static: they decide while tracing which blocks are empty. Arrays decide it while running, on a
+CPU, where examples and heads are gone through one by one, those of `vmap` too. Where several devices would have to
+agree on it, a block is masked and not skipped.
 """
 
 import functools
@@ -76,9 +76,21 @@ class Mask(Value):
     __array_ufunc__ = None  # so that a NumPy array & a mask is this algebra's business
 
     def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
-        """Returns the mask as a predicate of intervals of positions; `interval` gives an array's, of each block."""
+        """Returns the mask as a predicate of intervals of positions; `interval` gives an array's, of each block.
+
+        A mask of one's own may do with positions what intervals cannot: then nothing is known of a block.
+        """
         read: Mask = jax.tree.map(interval, self)
-        return read
+        if type(self).__module__ == __name__:
+            return read
+
+        def known_or_not(q_pos: Any, kv_pos: Any) -> Interval:
+            try:
+                return Interval.of(read(q_pos, kv_pos))
+            except Exception:  # whatever it is: read with positions, which decides, it is raised
+                return _UNKNOWN
+
+        return known_or_not
 
     def to_array(self, T: int, S: int, *, q_offset: int = 0) -> jax.Array:
         """Returns the mask as a boolean array `[..., T, S]`, `...` being the leading dims of the arrays it carries.
@@ -139,28 +151,39 @@ def blocks(mask: Mask, q_pos: Any, kv_pos: Any, block_q: int, block_kv: int) -> 
         flat = array.reshape((math.prod(array.shape[:-2]), *array.shape[-2:]))
         return Interval(*(_by_block(xp, flat, block_q, block_kv, pick) for pick in ("min", "max")))
 
-    read = _each(lambda part: part.by_block(interval), mask)
-    verdict = Interval.of(read(interval(q_pos), interval(kv_pos)))
+    verdict = Interval.of(by_block(mask, interval)(interval(q_pos), interval(kv_pos)))
     static = all(isinstance(x, np.ndarray | np.bool_ | int) for x in (verdict.lo, verdict.hi, *shape))
     xp = np if static else jnp
     return ~xp.broadcast_to(verdict.hi, shape), xp.broadcast_to(verdict.lo, shape)
 
 
+def placed(mask: Mask) -> Mask:
+    """Returns the mask where there is something: queries and keys at negative positions are none."""
+    return mask & _Placed()
+
+
+def by_block(mask: Mask, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
+    """Returns the mask, and each that it is made of, as a predicate of intervals; see `Mask.by_block`."""
+    parts: Callable[[Any, Any], Any] = _each(lambda part: part.by_block(interval), mask)
+    return parts
+
+
 def opened(mask: Mask) -> Mask:
     """Returns the mask with what its functions close over, of an enclosing trace, among its arrays."""
-    return _each(lambda part: _Opened.of(part, (jnp.int32, jnp.int32)), mask)
+    parts: Mask = _each(lambda part: _Opened.of(part, (jnp.int32, jnp.int32)), mask)
+    return parts
 
 
 def known(mask: Mask) -> Mask:
     """Returns what is known of the mask while tracing: parts that carry arrays may allow, or may not."""
     nothing = Function(np.equal)  # is known of a function
-    return _each(lambda part: nothing if jax.tree.leaves(part) else part, mask)
+    parts: Mask = _each(lambda part: nothing if jax.tree.leaves(part) else part, mask)
+    return parts
 
 
-def _each(change: Callable[[Mask], Any], mask: Mask) -> Mask:
+def _each(change: Callable[[Mask], Any], mask: Mask) -> Any:
     """Changes each mask that it is made of."""
-    changed: Mask = jax.tree.map(change, mask, is_leaf=_is_single)
-    return changed
+    return jax.tree.map(change, mask, is_leaf=_is_single)
 
 
 def _by_block(xp: Any, array: Any, block_q: int, block_kv: int, pick: str) -> Any:
@@ -234,7 +257,7 @@ class Window(Mask):
     def __post_init__(self) -> None:
         for name in ("left", "right"):
             value = getattr(self, name)
-            _check_count(f"Window {name}", value, optional=True)
+            checks.count(f"Window {name}", value, optional=True)
             known = isinstance(value, np.ndarray | np.integer | jax.Array) and not isinstance(value, jax.core.Tracer)
             if known and (np.asarray(value) < 0).any():
                 raise ValueError(f"Window {name} must be at least 0, got {np.min(value)}")
@@ -279,7 +302,7 @@ class Prefix(Mask):
     ordered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("Prefix length", self.length)
+        checks.count("Prefix length", self.length)
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return kv_pos < self.length
@@ -306,7 +329,7 @@ class Lengths(Mask):
 
     def __post_init__(self) -> None:
         for name in ("q", "kv"):
-            _check_count(f"Lengths {name}", getattr(self, name), optional=True)
+            checks.count(f"Lengths {name}", getattr(self, name), optional=True)
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         allowed = np.True_ if self.q is None else q_pos < self.q
@@ -330,14 +353,21 @@ class Segments(Mask):
     q: Any
     kv: Any = None
     axes: ClassVar[dict[str, str]] = {"q": "T", "kv": "S"}
+    ids: ClassVar[bool] = True
     ordered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("q", "kv"):
-            _check_array(f"Segments {name}", getattr(self, name), jnp.integer, 1, optional=name == "kv")
+            checks.carried(f"Segments {name}", getattr(self, name), jnp.integer, 1, optional=name == "kv")
 
     def lettered(self, axes: Axes) -> "Segments":
-        return super(Segments, self.replace(kv=self.q) if self.kv is None else self).lettered(axes)
+        q = checks.ids("Segments q", self.q)
+        kv = q if self.kv is None else checks.ids("Segments kv", self.kv)
+        wider = np.promote_types(q.dtype, kv.dtype)
+        if q.dtype != kv.dtype and "u" in q.dtype.kind + kv.dtype.kind:
+            raise TypeError(f"Segments q and kv must have one dtype to be compared, got {q.dtype} and {kv.dtype}")
+        q, kv = q.astype(wider), kv.astype(wider)
+        return super(Segments, self.replace(q=q, kv=kv)).lettered(axes)
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return (self.q == self.kv) & (self.q >= 0)
@@ -345,7 +375,11 @@ class Segments(Mask):
     def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         # Padding is left out of the intervals of ids: it would make them overlap others.
         ids = self.q, self.kv
-        least, greatest = ([interval(jnp.where(a < 0, other, a)) for a in ids] for other in (_INT32.max, -1))
+        limits = jnp.iinfo(self.q.dtype)
+        least, greatest = (
+            [interval(jnp.where(a < 0, np.array(other, a.dtype), a)) for a in ids]
+            for other in (limits.max, max(limits.min, -1))
+        )
         q, kv = (Interval(lo.lo, hi.hi) for lo, hi in zip(least, greatest, strict=True))
         return lambda q_pos, kv_pos: (q == kv) & interval(self.q >= 0) & interval(self.kv >= 0)
 
@@ -362,7 +396,7 @@ class Dense(Mask):
     ordered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_array("Dense array", self.array, jnp.bool_, 0)
+        checks.carried("Dense array", self.array, jnp.bool_, 0)
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return self.array
@@ -409,6 +443,15 @@ class _Opened(values.Opened, Mask):
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         return self.filled(q_pos, kv_pos)
+
+
+class _Placed(Mask):
+    """Queries and keys at negative positions are none: q_pos >= 0 and kv_pos >= 0."""
+
+    ordered: ClassVar[bool] = False
+
+    def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
+        return (q_pos >= 0) & (kv_pos >= 0)
 
 
 class _Joined(Mask):
@@ -539,27 +582,3 @@ def _positions(ndim: int, T: int, S: int, q_offset: int) -> tuple[np.ndarray, np
     """Positions `[..., T, 1]` and `[..., 1, S]` with `ndim` axes."""
     q_pos = np.arange(q_offset, q_offset + T, dtype=np.int32).reshape((1,) * (ndim - 2) + (T, 1))
     return q_pos, np.arange(S, dtype=np.int32).reshape((1,) * (ndim - 1) + (S,))
-
-
-def _check_count(name: str, value: Any, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "dtype")):
-        raise TypeError(f"{name} must be an int{', None' if optional else ''} or an integer array, got {value!r}")
-    if isinstance(value, int):
-        if not 0 <= value <= _INT32.max:
-            raise ValueError(f"{name} must be from 0 to {_INT32.max}, got {value}")
-        return
-    _check_array(name, value, jnp.integer, 0)
-
-
-def _check_array(name: str, array: Any, kind: Any, least_rank: int, *, optional: bool = False) -> None:
-    if array is None and optional:
-        return
-    word = "a boolean" if kind == jnp.bool_ else "an integer"
-    if not hasattr(array, "dtype"):
-        raise TypeError(f"{name} must be {word} array, got {type(array).__name__}")
-    if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(f"{name} must have {word} dtype, got {array.dtype}")
-    if array.ndim < least_rank:
-        raise ValueError(f"{name} must have at least {least_rank} axes, got shape {array.shape}")

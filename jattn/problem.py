@@ -104,8 +104,10 @@ class Problem(NamedTuple):
             return False
         q_pos, kv_pos = self.q_pos.array(T), self.kv_pos.array(S)
 
+        read = masks.by_block(self.mask, Interval.of)
+
         def surely(pairs: list[tuple[np.ndarray, np.ndarray]]) -> bool:
-            verdicts = [Interval.of(self.mask(*map(Interval.of, pair))).lo for pair in pairs]
+            verdicts = [Interval.of(read(*map(Interval.of, pair))).lo for pair in pairs]
             return bool(np.all(functools.reduce(np.logical_or, verdicts)))
 
         def three(pos: np.ndarray, of: np.ndarray) -> list[np.ndarray]:
@@ -260,6 +262,8 @@ def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
     q_pos, kv_pos = _positions(options, axes)
     if T != S and options.get("q_offset") is None and options.get("q_positions") is None:
         _refuse_to_guess(mask, modifiers, T, S)
+    if any(options.get(name) is not None for name in ("q_positions", "kv_positions")):
+        mask = masks.placed(mask)
     scale = _scale(options.get("scale"), H)
     wide = checks.wide(query, key, value)
     dtype = query.dtype if query.dtype == key.dtype == value.dtype else wide  # one for the operands of the products
@@ -312,13 +316,23 @@ def _positions(options: Options, axes: Axes) -> tuple[Lettered | Range, Lettered
     if q_positions is not None:
         return _given_positions("q_positions", q_positions, axes, "T"), kv_pos
     if q_offset is None or (isinstance(q_offset, int | np.integer) and not isinstance(q_offset, bool)):
-        return Range(int(q_offset or 0)), kv_pos
+        return Range(_held(int(q_offset or 0), axes["T"])), kv_pos
     offset = _given_positions("q_offset", q_offset, axes, "")
+    if not isinstance(offset.array, jax.core.Tracer) and offset.array.size:
+        _held(int(offset.array.max()), axes["T"])
     steps = jnp.arange(axes["T"], dtype=jnp.int32)
     lead = len(offset.letters)
-    return Lettered(
-        jnp.expand_dims(offset.array, lead) + jnp.expand_dims(steps, range(lead)), offset.letters + "T"
-    ), kv_pos
+    steps = jnp.expand_dims(steps, range(lead))
+    last = np.iinfo(np.int32).max - steps  # stops there, and does not begin again below
+    return Lettered(jnp.minimum(jnp.expand_dims(offset.array, lead), last) + steps, offset.letters + "T"), kv_pos
+
+
+def _held(start: int, size: Any) -> int:
+    """The first of several positions; ValueError where int32 does not hold them."""
+    limits = np.iinfo(np.int32)
+    if start < limits.min or start + (size if isinstance(size, int) else 1) - 1 > limits.max:
+        raise ValueError(f"q_offset must leave the positions of T={size} queries within int32, got {start}")
+    return start
 
 
 def _given_positions(name: str, array: Any, axes: Axes, own: str) -> Lettered:

@@ -47,10 +47,19 @@ def tangent(
     moving = [forms[i].replace(d) for i, d in zip(live, directions, strict=True)]
     start, step = functools.partial(_start, live), functools.partial(_step, live, plan.guard)
     dl, do = implementation.walk(plan, start, step, (problem, moving, [shift]))
-    dout = (do - at.o * dl[..., None]) / jnp.where(answered, at.l, 1)[..., None]
+    dout = (do - at.o * _of_keys(problem, at, dl)[..., None]) / jnp.where(answered, at.l, 1)[..., None]
     if plan.guard:  # whatever the cotangents of a row without keys hold, it sends none
         dout, dl = jnp.where(answered[..., None], dout, 0), jnp.where(answered, dl, 0)
     return [dout, dl]
+
+
+def _of_keys(problem: Problem, at: Running, dl: jax.Array) -> jax.Array:
+    """dl, but 0 in rows that have nothing but a sink: their output is 0, whatever their cotangents hold."""
+    if problem.sink is None:
+        return dl
+    sink = problem.sink.logits
+    logits = letters.fit(sink.array, sink.letters, problem.q.letters).astype(at.m.dtype)
+    return jnp.where((at.l == 1) & (at.m == logits), 0, dl)
 
 
 def _start(live: tuple[int, ...], operands: Any) -> tuple[jax.Array, jax.Array]:
@@ -71,6 +80,8 @@ def _step(live: tuple[int, ...], guard: bool, state: Any, keep: Any, operands: A
     weights, dweights = (e, de) if factor is None else (e * factor, de * factor)
     # Changes of weights meet wide values, unrounded: what is common to a row's scores cancels out in the end.
     change = block.weigh(dweights, v.astype(dweights.dtype)) + block.weigh(weights, dv)
+    if block.at.sink is not None and keep is not None:  # else a row without keys is put to 0 in the end
+        change = jnp.where((keep.sum(-1, dtype=jnp.int32) > 0)[..., None], change, 0)
     return dl + de.sum(-1), do + change
 
 

@@ -23,7 +23,7 @@ from jattn.values import Value
 class Modifier(Value):
     """A map of scores. A subclass declares its fields and `__call__`."""
 
-    ordered: ClassVar[bool] = False  # whether it compares query positions with key positions
+    ordered: ClassVar[bool] = True  # whether it compares query positions with key positions
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         """Returns the changed scores.
@@ -46,6 +46,7 @@ class Bias(Modifier):
 
     array: Any
     axes: ClassVar[dict[str, str]] = {"array": "NTS"}
+    ordered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _floating("Bias array", self.array)
@@ -64,6 +65,7 @@ class SoftCap(Modifier):
 
     cap: Any
     axes: ClassVar[dict[str, str]] = {"cap": ""}
+    ordered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.cap, int | float) and not isinstance(self.cap, bool):
@@ -86,7 +88,6 @@ class ALiBi(Modifier):
 
     slopes: Any
     axes: ClassVar[dict[str, str]] = {"slopes": "N"}
-    ordered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_per_head("ALiBi slopes", self.slopes)
@@ -137,7 +138,6 @@ class RelativePosition(Modifier):
     table: Any
     bidirectional: bool = True
     max_distance: int = 128
-    ordered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.rank("RelativePosition table", _floating("RelativePosition table", self.table), "buckets, N")
@@ -200,7 +200,6 @@ class Function(Modifier):
     fn: Callable[..., Any]
     params: Any = ()
     payload: ClassVar[tuple[str, ...]] = ("params",)
-    ordered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(self.fn):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import closures
+from jattn import checks, closures
 from jattn.letters import WHOLE, Axes, Lettered
 
 Array = jax.Array | np.ndarray
@@ -30,6 +30,7 @@ class Value:
 
     axes: ClassVar[dict[str, str]] = {}
     payload: ClassVar[tuple[str, ...]] = ()
+    ids: ClassVar[bool] = False  # whether integers are names, compared in their own dtype, and no positions
 
     _fields: ClassVar[tuple[str, ...]] = ()
 
@@ -93,7 +94,7 @@ class Value:
         if name in self.payload:
             return jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), field)
         if name in self.axes:
-            return _lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}")
+            return _lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}", self.ids)
         parts, tree = jax.tree.flatten(field, is_leaf=lambda leaf: isinstance(leaf, Value))
         if not all(isinstance(part, Value) for part in parts):
             raise TypeError(
@@ -148,7 +149,7 @@ class Opened(Value):
         return call(self.value.replace(**fields), *args)
 
 
-def _lettered(array: Array, own_axes: str, axes: Axes, name: str) -> Lettered:
+def _lettered(array: Array, own_axes: str, axes: Axes, name: str, keep_integers: bool) -> Lettered:
     """Names the axes of an array `[*lead, *own_axes]`, whose own axes may be fewer: they broadcast."""
     array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
     N = axes["K"] * axes["G"]
@@ -165,8 +166,8 @@ def _lettered(array: Array, own_axes: str, axes: Axes, name: str) -> Lettered:
         raise ValueError(
             f"{name} must be [{wanted}] with batch dims ...={axes.shape(axes.batch)}{heads}; got shape {shape}"
         )
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(np.int32)  # as positions are
+    if jnp.issubdtype(array.dtype, jnp.integer) and not keep_integers:
+        array = checks.int32(name, array)  # as positions are
     sizes: list[Any] = []
     for letter, size in zip(letters, shape, strict=True):
         parted = axes.shape("KG") if size == N else (1, 1)

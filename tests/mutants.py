@@ -29,6 +29,24 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/masks.py",
+        "return (q_pos >= 0) & (kv_pos >= 0)",
+        "return kv_pos >= 0",
+        (f"{MASKS}::test_nothing_is_at_a_negative_position",),
+    ),
+    Mutant(
+        "jattn/rule.py",
+        "return jnp.where((at.l == 1) & (at.m == logits), 0, dl)",
+        "return dl",
+        (f"{C}::test_c1_whatever_the_cotangent_of_a_row_without_keys_holds",),
+    ),
+    Mutant(
+        "jattn/checks.py",
+        "if known.size and not (limits.min <= known.min() and known.max() <= limits.max):",
+        "if False:",
+        (f"{MASKS}::test_integers_beyond_int32",),
+    ),
+    Mutant(
         "jattn/closures.py",
         "return isinstance(value, jax.Array) and bool(jax.typeof(value).sharding.mesh.explicit_axes)",
         "return False",
@@ -72,8 +90,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/masks.py",
-        "for other in (_INT32.max, -1))",
-        "for other in (0, -1))",
+        "for other in (limits.max, max(limits.min, -1))",
+        "for other in (0, max(limits.min, -1))",
         (f"{MASKS}::test_no_more_blocks_are_gone_through_than_may_be_enough",),
     ),
     Mutant(
@@ -251,7 +269,7 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/rule.py",
-        "dout = (do - at.o * dl[..., None]) / jnp.where(answered, at.l, 1)[..., None]",
+        "dout = (do - at.o * _of_keys(problem, at, dl)[..., None]) / jnp.where(answered, at.l, 1)[..., None]",
         "dout = do / jnp.where(answered, at.l, 1)[..., None]",
         (f"{A}::test_a9_derivatives_under_every_mask",),
     ),

@@ -17,6 +17,7 @@ from jattn.intervals import Interval
 from jattn.masks import Causal, Dense, Empty, Full, Function, Lengths, Prefix, Segments, SlidingWindow, Window
 from jattn.problem import lay_out
 from tests.pictures import catalogue, draw, striped
+from tests.plain import quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 T = 11
@@ -681,3 +682,118 @@ def test_few_visits_say_what_all_say(ids, mapped):
     )
     for expected, actual in zip(jax.tree.leaves(dense), jax.tree.leaves(blockwise), strict=True):
         np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+both = pytest.mark.parametrize("implementation", ["dense", jattn.Blockwise(2, 3)], ids=str)
+
+
+@both
+@pytest.mark.parametrize("mask", [masks.Full(), masks.Causal(), masks.Window(1, 0), ~masks.Causal()], ids=str)
+def test_nothing_is_at_a_negative_position(mask, implementation):
+    """It may hold NaN, it is not seen, and what it sees is nothing: values and gradients of the rest are theirs."""
+    x = jax.random.normal(jax.random.key(0), (3, 7, 2, 5))
+    there = np.array([0, 1, 0, 1, 1, 1, 0], bool)
+    positions = jnp.asarray(np.where(there, np.cumsum(there) - 1, -3), jnp.int32)
+    at = np.flatnonzero(there)
+
+    def f(q, k, v, **options):
+        return jattn.attention(q, k, v, mask=mask, implementation=implementation, **options)
+
+    def padded(*x):
+        spoiled = (jnp.where(there[:, None, None], a, jnp.nan) for a in x)
+        return f(*spoiled, q_positions=positions, kv_positions=positions)
+
+    def run(f, *x):
+        out = f(*x)
+        return out, jax.grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1, 2))(*x)
+
+    out, gradients = quick(lambda *x: run(padded, *x), x, x, x)
+    wanted, of_rest = quick(lambda *x: run(f, *x), x[:, at], x[:, at], x[:, at])
+    assert not np.delete(out, at, axis=1).any()
+    np.testing.assert_allclose(out[:, at], wanted, rtol=1e-5, atol=1e-5)
+    for got, rest in zip(gradients, of_rest, strict=True):
+        np.testing.assert_allclose(got[:, at], rest, rtol=1e-5, atol=1e-5)
+
+
+class Near(masks.Mask):
+    """Does with positions what intervals cannot."""
+
+    n: int
+
+    def __call__(self, q_pos, kv_pos):
+        return jnp.where(kv_pos > q_pos, False, abs(q_pos - kv_pos) < self.n)
+
+
+class Before(masks.Mask):
+    """Compares only, so that blocks are known."""
+
+    def __call__(self, q_pos, kv_pos):
+        return kv_pos < q_pos
+
+
+@both
+def test_masks_of_ones_own(implementation):
+    x = jax.random.normal(jax.random.key(0), (9, 2, 5))
+    for own, same in ((Near(3), masks.SlidingWindow(3)), (Before(), masks.Causal() & ~masks.Window(0, 0))):
+        for joined in (lambda m: m, lambda m: m & masks.Window(2, 2), lambda m: ~(m | masks.Prefix(2))):
+
+            def f(mask, *x):
+                return jattn.attention(*x, mask=mask, implementation=implementation)
+
+            got, wanted = (quick(functools.partial(f, joined(mask)), x, x, x) for mask in (own, same))
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="compares query positions"):
+        jattn.attention(x[:2], x, x, mask=Near(3))
+
+
+def test_blocks_of_a_mask_of_ones_own():
+    assert Before().picture(8, 8, width=4) == masks.Causal().picture(8, 8, width=4)
+    assert "█" not in Near(3).picture(8, 8, width=4) and "·" not in Near(3).picture(8, 8, width=4)
+
+
+def test_a_modifier_of_ones_own_compares_positions_unless_it_says_no():
+    class Own(scores.Modifier):
+        def __call__(self, score, q_pos, kv_pos):
+            return score * 2
+
+    class Unordered(Own):
+        ordered = False
+
+    x = jax.random.normal(jax.random.key(0), (9, 2, 5))
+    with pytest.raises(ValueError, match="compares query positions"):
+        jattn.attention(x[:2], x, x, scores=(Own(),))
+    assert jattn.attention(x[:2], x, x, scores=(Unordered(),)).shape == (2, 2, 5)
+
+
+def test_integers_beyond_int32():
+    """Ids are compared in their own dtype; positions that int32 cannot hold are refused where they are known."""
+    x = jax.random.normal(jax.random.key(0), (4, 2, 5))
+
+    def f(x64=False, implementation=None, **options):
+        with jax.enable_x64(x64):
+            return np.asarray(jattn.attention(x, x, x, implementation=implementation, **options))
+
+    wanted = f(mask=Segments(np.array([3, 3, 5, 1], np.int32)))
+    for implementation in ("dense", jattn.Blockwise(2, 3)):
+        for ids, x64 in (
+            (np.array([2**31, 2**31, 2**31 + 5, 7], np.uint32), False),
+            (np.array([2**40, 2**40, 2**40 + 2**32, 7]), True),
+            (np.array([200, 200, 201, 7], np.uint8), False),
+            (np.array([3, 3, 5, 1]), False),
+        ):
+            np.testing.assert_allclose(f(x64, implementation, mask=Segments(ids)), wanted, rtol=1e-5, atol=1e-5)
+    far = np.arange(4) + 2**31 - 2
+    for options, name in (
+        (dict(mask=Segments(np.array([2**40, 2**40, 1, 2]))), "Segments q"),
+        (dict(mask=Lengths(kv=np.array(2**40))), "Lengths.kv"),
+        (dict(mask=Causal(), q_positions=far), "q_positions"),
+        (dict(mask=Causal(), kv_positions=far), "kv_positions"),
+        (dict(mask=Causal(), q_offset=2**31 - 2), "q_offset"),
+        (dict(mask=Causal(), q_offset=jnp.int32(2**31 - 2)), "q_offset"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} .*int32, got .*\d"):
+            f(**options)
+    with pytest.raises(TypeError, match="one dtype to be compared, got uint32 and int32"):
+        f(mask=Segments(np.ones(4, np.uint32), np.ones(4, np.int32)))
+    late = jax.jit(lambda at: jattn.attention(x, x, x, mask=Causal(), q_offset=at))(jnp.int32(2**31 - 2))
+    np.testing.assert_allclose(late, f(mask=Causal(), q_offset=4), rtol=1e-5, atol=1e-5)  # all keys are before it

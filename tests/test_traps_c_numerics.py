@@ -403,12 +403,18 @@ def test_c15_nothing_to_ask_or_nothing_to_answer(implementation, T, S, mask):
 
 
 @both
-def test_c1_whatever_the_cotangent_of_a_row_without_keys_holds(implementation):
+@pytest.mark.parametrize("sink", [False, True])
+def test_c1_whatever_the_cotangent_of_a_row_without_keys_holds(implementation, sink):
     q, k, v = qkv(T=5, S=5)
+    logits = jnp.linspace(-1, 1, 6)
     mask = masks.Dense(jnp.asarray(np.tril(np.ones((5, 5), bool), -1)))  # the first row has none
 
     def pulled(cotangent):
-        _, pull = jax.vjp(lambda *x: jattn.attention(*x, mask=mask, implementation=implementation), q, k, v)
+        def f(q, k, v, logits):
+            scored = (scores.Sink(logits),) if sink else ()
+            return jattn.attention(q, k, v, mask=mask, scores=scored, implementation=implementation)
+
+        _, pull = jax.vjp(f, q, k, v, logits)
         return pull(cotangent)
 
     clean = jnp.ones((5, 6, 3)).at[0].set(0)
