@@ -39,17 +39,8 @@ def attend(problem: Problem, asked: Implementation | None, where: Target) -> Run
       where: the target of what is called now.
     """
     leaves, tree = jax.tree.flatten(problem)
-
-    def run(*leaves: jax.Array) -> Running:
-        out, total, m = _bind(*varying(leaves, leaves), operation=Attend(tree, asked, where))
-        return Running(m, total, out)
-
-    sharding = jax.typeof(problem.q.array).sharding
-    if sharding.mesh.explicit_axes:
-        # Loops over blocks are for XLA to partition: all that can be said of shardings is where the queries lie.
-        rows: Any = jax.P(*sharding.spec[: len(problem.q.letters)])
-        run = jax.sharding.auto_axes(run, out_sharding=Running(rows, rows, rows))
-    return run(*leaves)
+    out, total, m = _bind(*varying(leaves, leaves), operation=Attend(tree, asked, where))
+    return Running(m, total, out)
 
 
 @functools.partial(jax.jit, static_argnames=("operation", "where"))

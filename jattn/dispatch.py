@@ -4,11 +4,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jattn import autodiff, checks, letters, masks, softmax, target
 from jattn.implementations import Blockwise, choose, dense, named
-from jattn.problem import Options, Problem, lay_out
+from jattn.problem import Options, Problem, lay_out, opened
 from jattn.scores import Dropout
 from jattn.softmax import Running
 from jattn.values import Value
@@ -135,9 +136,19 @@ def attention_weights(
     Raises:
       ValueError, TypeError: as in `attention`; ValueError for rows out of range, if they are known.
     """
-    problem = lay_out(query, key, jnp.asarray(key)[..., :0], _options(locals()))
-    p: jax.Array = dense.weights(problem if rows is None else _take_rows(problem, rows), target.now())
-    return p
+    options = _options(locals())
+
+    def run(query: Any, key: Any, value: Any, options: Options, rows: Any) -> jax.Array:
+        problem = lay_out(query, key, value, options)
+        p: jax.Array = dense.weights(problem if rows is None else _take_rows(problem, rows), target.now())
+        return p
+
+    def lies(spec: Any) -> Any:
+        return jax.P(*spec[:-3], spec[-2], None if rows is not None else spec[-3])
+
+    query, key = checks.floating("query", query), checks.floating("key", key)
+    weights: jax.Array = _run(run, lies, query, key, key[..., :0], options, rows)
+    return weights
 
 
 def _options(arguments: dict[str, Any]) -> Options:
@@ -147,14 +158,58 @@ def _options(arguments: dict[str, Any]) -> Options:
 
 def _attend(query: Any, key: Any, value: Any, options: Options, implementation: Any) -> tuple[jax.Array, Running]:
     """The output in the query's dtype, and the softmax that it comes from, in the caller's layout."""
+    query, key, value = (checks.floating(n, a) for n, a in (("query", query), ("key", key), ("value", value)))
+
+    def run(query: Any, key: Any, value: Any, options: Options) -> Running:
+        return _state(query, key, value, options, implementation)
+
+    def lies(spec: Any) -> Any:
+        rows: Any = jax.P(*spec[:-1])
+        return Running(rows, rows, rows)
+
+    state: Running = _run(run, lies, query, key, value, options)
+    return state.o.astype(query.dtype), state
+
+
+def _run(f: Any, lies: Any, query: jax.Array, key: jax.Array, value: jax.Array, options: Options, *others: Any) -> Any:
+    """Returns f(query, key, value, options, *others), in a mesh with explicit axes too.
+
+    Blocks and loops over them are for XLA to partition: all that can be said is where the result lies.
+
+    Args:
+      lies: gives the specs of the result, from that of the query.
+    """
+    sharding = jax.typeof(query).sharding
+    if not sharding.mesh.explicit_axes:
+        return f(query, key, value, options, *others)
+    options = opened(options, checks.wide(query, key, value))
+    arrays, rebuild = arrays_apart((query, key, value, options, *others))
+    run = jax.sharding.auto_axes(lambda *arrays: f(*rebuild(arrays)), out_sharding=lies(sharding.spec))
+    return run(*arrays)
+
+
+def _state(query: Any, key: Any, value: Any, options: Options, implementation: Any) -> Running:
     problem = lay_out(query, key, value, options)
     asked, where = named(implementation), target.now()
     if asked is not None:
         choose(problem, where, asked)  # raises its reason now, and not when a program is lowered
     state, axes = autodiff.attend(problem, asked, where), problem.axes
     rows = (*axes.shape(axes.batch), axes["T"], axes["K"] * axes["G"])
-    state = Running(*(x.reshape((*rows, *x.shape[len(problem.q.letters) :])) for x in state))
-    return state.o.astype(jnp.result_type(query)), state
+    return Running(*(x.reshape((*rows, *x.shape[len(problem.q.letters) :])) for x in state))
+
+
+def arrays_apart(tree: Any) -> tuple[list[Any], Any]:
+    """Parts a pytree into its arrays and a function that puts arrays in their places."""
+    leaves = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
+    # NumPy's numbers stay: as ints they are known while tracing.
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
+
+    def rebuild(arrays: Any) -> Any:
+        rest = iter(arrays)
+        return structure.unflatten([next(rest) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)])
+
+    return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], rebuild
 
 
 def _take_rows(problem: Problem, rows: Any) -> Problem:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn import target
-from jattn.dispatch import attention_with_lse
+from jattn.dispatch import arrays_apart, attention_with_lse
 from jattn.implementations import choose, named
 from jattn.implementations.base import Implementation
 from jattn.problem import Options, Problem, lay_out
@@ -55,7 +55,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
     Raises:
       ValueError, TypeError: as in `attention`.
     """
-    arrays, rebuild = _arrays_apart((query, key, value, options))
+    arrays, rebuild = arrays_apart((query, key, value, options))
 
     def run(*arrays: Any) -> Any:
         query, key, value, options = rebuild(arrays)
@@ -118,17 +118,3 @@ def _count(implementation: Implementation, plan: Plan, problem: Problem) -> list
     partial, full = (count[tuple(one.get(a, slice(None)) for a in problem.q.letters)] for count in counts)
     every = partial.size * -(-problem.axes["S"] // plan.blocks["S"])
     return [every - partial.sum() - full.sum(), partial.sum(), full.sum()]
-
-
-def _arrays_apart(tree: Any) -> tuple[list[Any], Any]:
-    """Parts a pytree into its arrays and a function that puts arrays in their places."""
-    leaves = jax.tree.leaves(tree)
-    structure: Any = jax.tree.structure(tree)
-    # NumPy's numbers stay: as ints they are known while tracing.
-    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
-
-    def rebuild(arrays: Any) -> Any:
-        rest = iter(arrays)
-        return structure.unflatten([next(rest) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)])
-
-    return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], rebuild

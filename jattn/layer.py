@@ -1,6 +1,6 @@
 """The layer: projections round attention."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,14 @@ from jattn.params import Params
 from jattn.projection import project, project_out
 
 
-def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Unpack[Choices]) -> jax.Array:
+def attend(
+    params: Params,
+    x: ArrayLike,
+    context: ArrayLike | None = None,
+    *,
+    out_sharding: Any = None,
+    **options: Unpack[Choices],
+) -> jax.Array:
     """Attends from rows to rows: the whole layer.
 
         y = heads(attention(x wq + bq, c wk + bk, c wv + bv)) wo + bo,   c = x if context is None else context
@@ -23,6 +30,8 @@ def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **opt
       context: `[..., S, C]` rows that are asked (cross-attention). None: `x`.
       **options: mask, scores, scale, q_offset, q_positions, kv_positions, dropout and implementation, as in
         `attention`.
+      out_sharding: a `jax.P` or sharding, how the result is to lie in a mesh with explicit axes. None: its rows as
+        those of `x`, its width as that of `wo`.
 
     Returns:
       `[..., T, E]`, or without an output projection the heads side by side, `[..., T, N*V]`.
@@ -31,7 +40,7 @@ def attend(params: Params, x: ArrayLike, context: ArrayLike | None = None, **opt
       ValueError, TypeError: as in `project` and `attention`.
     """
     query, key, value = project(params, x, context)
-    return project_out(params, attention(query, key, value, **options))
+    return project_out(params, attention(query, key, value, **options), out_sharding)
 
 
 def context_vector(

@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jattn import checks, letters, masks, softmax
+from jattn import checks, letters, masks, scores, softmax
 from jattn.intervals import Interval
 from jattn.letters import KEYS, ROWS, WHOLE, Axes, Lettered, Order
-from jattn.scores import Dropout, Modifier, Sink, as_scores, opened
+from jattn.scores import Dropout, Modifier, Sink, as_scores
 from jattn.softmax import Running
 from jattn.target import Target
 from jattn.values import Value
@@ -275,13 +275,25 @@ def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
         v=Lettered.bare(value.astype(dtype), axes.batch + "SK", KEYS, "S"),
         scale=Lettered(scale.astype(wide), "", WHOLE),
         mask=_lettered("mask", masks.opened(mask), axes),
-        modifiers=tuple(_lettered("scores", m, axes) for m in opened(modifiers, wide)),
+        modifiers=tuple(_lettered("scores", m, axes) for m in scores.opened(modifiers, wide)),
         sink=None if sink is None else _lettered("scores", sink, axes),
         dropout=None if dropout is None or dropout.rate == 0 else dropout.lettered(axes),
         q_pos=q_pos,
         kv_pos=kv_pos,
         axes=axes,
     )
+
+
+def opened(options: Options, dtype: Any) -> Options:
+    """Returns the options, with what their functions close over, of an enclosing trace, among their arrays.
+
+    Args:
+      dtype: of the scores.
+    """
+    modifiers = as_scores(options.get("scores", ()))
+    each = iter(scores.opened(modifiers, dtype))
+    every = tuple(next(each) if isinstance(score, Modifier) else score for score in modifiers)
+    return {**options, "mask": masks.opened(masks.as_mask(options.get("mask"))), "scores": every}
 
 
 def _lettered(name: str, value: _ValueT, axes: Axes) -> _ValueT:

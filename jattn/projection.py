@@ -1,5 +1,7 @@
 """The linear maps round attention: rows to queries, keys and values, and heads back to rows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -34,7 +36,7 @@ def project(params: Params, x: ArrayLike, context: ArrayLike | None = None) -> t
     return query, key, value
 
 
-def project_out(params: Params, heads: jax.Array) -> jax.Array:
+def project_out(params: Params, heads: jax.Array, out_sharding: Any = None) -> jax.Array:
     """Joins the heads to rows, through the output projection where there is one.
 
         y = Σ_n heads_n wo_n + bo,   or the heads side by side when wo is None
@@ -42,20 +44,31 @@ def project_out(params: Params, heads: jax.Array) -> jax.Array:
     Args:
       params: `Params`.
       heads: `[..., T, N, V]`.
+      out_sharding: how the result is to lie, in a mesh with explicit axes. None: its rows as those of `heads`, its
+        width as that of `wo`.
 
     Returns:
       `[..., T, E]`, or `[..., T, N*V]` without an output projection.
     """
     if params.wo is None:
-        return heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
-    return _affine("...tnv,nve->...te", heads, params.wo, params.bo)
+        return heads.reshape((*heads.shape[:-2], heads.shape[-2] * heads.shape[-1]), out_sharding=out_sharding)
+    wo = jnp.asarray(params.wo)
+    if out_sharding is None and jax.typeof(heads).sharding.mesh.explicit_axes:
+        # Where heads are sharded their sum is taken over devices, and JAX asks where it shall lie.
+        *rows, _, _ = jax.typeof(heads).sharding.spec
+        width = jax.typeof(wo).sharding.spec[-1]
+        out_sharding = jax.P(*rows, None if width in rows else width)
+    return _affine("...tnv,nve->...te", heads, wo, params.bo, out_sharding)
 
 
-def _affine(equation: str, x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
+def _affine(equation: str, x: jax.Array, w: jax.Array, b: jax.Array | None, out_sharding: Any = None) -> jax.Array:
     wide = checks.wide(x)
-    y = jnp.einsum(equation, x, jnp.asarray(w), preferred_element_type=wide)
+    y = jnp.einsum(equation, x, jnp.asarray(w), preferred_element_type=wide, out_sharding=out_sharding)
     if b is not None:
-        y = y + jnp.expand_dims(jnp.asarray(b).astype(wide), range(y.ndim - b.ndim))
+        b, sharding = jnp.asarray(b).astype(wide), jax.typeof(y).sharding
+        if sharding.mesh.explicit_axes:
+            b = jax.sharding.reshard(b, jax.P(*sharding.spec[y.ndim - b.ndim :]))
+        y = y + jnp.expand_dims(b, range(y.ndim - b.ndim))
     return y.astype(x.dtype)
 
 

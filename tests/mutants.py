@@ -189,8 +189,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/projection.py",
-        "y = jnp.einsum(equation, x, jnp.asarray(w), preferred_element_type=wide)",
-        "y = jnp.einsum(equation, x, jnp.asarray(w)).astype(wide)",
+        "y = jnp.einsum(equation, x, jnp.asarray(w), preferred_element_type=wide, out_sharding=out_sharding)",
+        "y = jnp.einsum(equation, x, jnp.asarray(w), out_sharding=out_sharding).astype(wide)",
         ("test_projection.py::test_results_have_the_dtype_of_the_rows",),
     ),
     Mutant(
