@@ -12,10 +12,10 @@ from tests.plain import assert_close
 
 MESH = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Explicit,))
 B, T, N, K, H = 4, 8, 4, 2, 6
-HEADS, ROWS, BATCH = jax.P(None, None, "m"), jax.P(None, "m"), jax.P("m")
+HEADS, ROWS, BATCH, NOWHERE = jax.P(None, None, "m"), jax.P(None, "m"), jax.P("m"), jax.P()
 
 
-def put(array, spec=jax.P()):
+def put(array, spec=NOWHERE):
     return jax.device_put(array, jax.NamedSharding(MESH, spec))
 
 
@@ -40,8 +40,8 @@ OPTIONS = {
     "positions": lambda ids: dict(mask=masks.Causal(), q_positions=ids, kv_positions=ids),
 }
 LAYOUTS = {
-    "more devices on the heads than key heads": (HEADS, jax.P(), jax.P()),
-    "keys along the sequence": (jax.P(), ROWS, ROWS),
+    "more devices on the heads than key heads": (HEADS, NOWHERE, NOWHERE),
+    "keys along the sequence": (NOWHERE, ROWS, ROWS),
     "all along the sequence": (ROWS, ROWS, ROWS),
     "batch": (BATCH, BATCH, BATCH),
 }
@@ -63,7 +63,7 @@ def test_every_layout(layout, options, implementation):
     wanted = jax.jit(run)(*x, ids)
     with jax.set_mesh(MESH):
         placed = [put(a, spec) for a, spec in zip(x, layout, strict=True)]
-        along = layout[1] if layout[1] != jax.P() and implementation is None else jax.P()
+        along = layout[1] if layout[1] != NOWHERE and implementation is None else NOWHERE
         got = jax.jit(run)(*placed, put(ids, along))
         for array, spec in zip((got[0], *got[1]), (layout[0], *layout), strict=True):
             assert array.sharding.is_equivalent_to(jax.NamedSharding(MESH, spec), array.ndim)
@@ -87,7 +87,7 @@ def test_without_jit_and_weights_and_lse():
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("how", ["heads", "width", "rows"])
 def test_the_layer(how, use_bias):
-    """Parameters over heads, as tensors are parallel, or over widths, with examples on devices; and the caller's choice."""
+    """Parameters over heads, or over widths with examples on devices; and the caller's choice."""
     x = draw()[0][:, :, 0]
     params = jattn.init(
         jax.random.key(0), H, num_heads=N, num_kv_heads=4, qk_dim=3, v_dim=5, out_dim=8, use_bias=use_bias
@@ -102,12 +102,12 @@ def test_the_layer(how, use_bias):
     specs = over_width if how == "width" else over_heads
     with jax.set_mesh(MESH):
         params = jattn.Params(
-            **{n: put(a, specs.get(n, jax.P())) for n, a in params._asdict().items() if a is not None}
+            **{n: put(a, specs.get(n, NOWHERE)) for n, a in params._asdict().items() if a is not None}
         )
-        x = put(x, BATCH if how == "width" else jax.P())
+        x = put(x, BATCH if how == "width" else NOWHERE)
         given = dict(out_sharding=ROWS) if how == "rows" else {}
         out = jax.jit(lambda *args: jattn.attend(*args, **given))(params, x)
-        lies = {"heads": jax.P(), "width": BATCH, "rows": ROWS}[how]
+        lies = {"heads": NOWHERE, "width": BATCH, "rows": ROWS}[how]
         assert out.sharding.is_equivalent_to(jax.NamedSharding(MESH, lies), out.ndim)
         got = jax.jit(lambda *args: run(*args, **given))(params, x)
     assert_close(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, wanted), 1e-4)
