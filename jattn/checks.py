@@ -102,14 +102,22 @@ def divides(num_kv_heads: int, num_heads: int) -> None:
     """ValueError unless the number of key/value heads divides the number of query heads."""
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
-            f"the number of key/value heads must divide the number of query heads: "
-            f"got num_kv_heads K={num_kv_heads} and num_heads N={num_heads}"
+            f"the number of query heads N must be a multiple of the number of key/value heads K: "
+            f"got num_heads N={num_heads} and num_kv_heads K={num_kv_heads}"
         )
 
 
 def wide(*arrays: Any) -> Any:
     """Returns the dtype in which sums over `arrays` are taken: float64 if any is, else float32."""
     return jnp.float64 if any(jnp.result_type(array) == jnp.float64 for array in arrays) else jnp.float32
+
+
+def common(*arrays: Any) -> Any:
+    """Returns the dtype in which products of `arrays` are taken: the widest; float32 of different ones as wide."""
+    dtypes = {jnp.dtype(array.dtype) for array in arrays}
+    widest = max(dtype.itemsize for dtype in dtypes)
+    first, *others = (dtype for dtype in dtypes if dtype.itemsize == widest)
+    return jnp.dtype(jnp.float32) if others else first
 
 
 def is_narrow(array: Any) -> bool:
@@ -124,8 +132,8 @@ def as_array(name: str, array: Any) -> jax.Array:
         return result
     except OverflowError as error:
         raise ValueError(f"{name} must fit int32, got {array!r}") from error
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array, got {type(array).__name__}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}: {error}") from error
 
 
 def _spell(sizes: tuple[Any, ...]) -> str:

@@ -68,10 +68,7 @@ def dot_product_attention(
     if is_causal:
         allowed = allowed & masks.Causal()
     if local_window_size is not None:
-        window = local_window_size if isinstance(local_window_size, tuple | list) else (local_window_size,) * 2
-        if len(window) != 2:
-            raise ValueError(f"local_window_size must be an int or (left, right), got {local_window_size!r}")
-        allowed = allowed & masks.Window(*window)
+        allowed = allowed & _window(local_window_size)
     batch = jnp.shape(query)[:-3]
     lengths = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
     given = {name: checks.integer(name, length) for name, length in lengths.items() if length is not None}
@@ -88,6 +85,15 @@ def dot_product_attention(
     out, lse = attention_with_lse(*batched, mask=allowed, scores=scores, scale=scale, q_offset=0, implementation=chosen)
     out, lse = (out, lse) if batch else (out[0], lse[0])
     return (out, lse) if return_residual else out
+
+
+def _window(size: Any) -> masks.Mask:
+    window = size if isinstance(size, tuple | list) else (size,) * 2
+    if len(window) != 2:
+        raise ValueError(f"local_window_size must be an int or (left, right), got {size!r}")
+    for side in window:
+        checks.count("local_window_size", side, optional=True)
+    return masks.Window(*window)
 
 
 def flax_attention_fn(

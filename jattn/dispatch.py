@@ -53,7 +53,7 @@ def attention(
       mask: a mask of `jattn.masks`, or a bool array broadcastable to `[..., N, T, S]`, True where attending is
         allowed. None: everywhere.
       scores: modifiers of `jattn.scores`, applied in order behind the scale and before the mask.
-      scale: a number. None: 1/sqrt(H).
+      scale: a number, or numbers `[..., N]`, one for each head. None: 1/sqrt(H).
       q_offset: position of the first query, an int or an int array `[...]`. An int is static, an array dynamic.
       q_positions: `[..., T]` int positions of the queries, in place of `q_offset`. At a negative one is no query.
       kv_positions: `[..., S]` int positions of the keys. None: 0, 1, ... At a negative one is no key.

@@ -538,6 +538,9 @@ def _later(pos: Any, count: Any) -> Any:
 
 def _join(kind: type[_Joined], neutral: type[Mask], absorbing: type[Mask], a: Mask, b: Mask) -> Mask:
     """Joins two masks, simplified where it is obvious."""
+    a, b = _plain(a), _plain(b)
+    if _is_not(a, b) or _is_not(b, a):
+        return absorbing()
     if isinstance(a, absorbing) or isinstance(b, neutral):
         return a
     if isinstance(b, absorbing) or isinstance(a, neutral):
@@ -549,6 +552,15 @@ def _join(kind: type[_Joined], neutral: type[Mask], absorbing: type[Mask], a: Ma
     return different[0] if len(different) == 1 else kind(tuple(different))
 
 
+def _plain(mask: Mask) -> Mask:
+    """A mask that allows everything is Full."""
+    return Full() if isinstance(mask, Window) and mask.left is None and mask.right is None else mask
+
+
+def _is_not(a: Mask, b: Mask) -> bool:
+    return isinstance(a, Not) and not jax.tree.leaves((a, b)) and a.mask == b
+
+
 def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
     """The leading dims of the mask as an array, and the axes of a problem that it fits.
 
@@ -558,12 +570,18 @@ def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
     parts = jax.tree.leaves(mask, is_leaf=_is_single)
     heads = [np.ndim(part.array) - 3 for part in parts if isinstance(part, Dense) and np.ndim(part.array) >= 3]
     lead: list[tuple[int, ...]] = []
+    owners: list[Mask] = []
     for part in parts:
         for name, axes in part.axes.items():
             shape, own = np.shape(getattr(part, name)), len(axes.replace("N", ""))
             dims = shape[: max(len(shape) - own, 0)]
             lead.append((*dims, 1) if heads and len(dims) <= max(heads) else dims)
-    whole = np.broadcast_shapes(*lead)
+            owners.append(part)
+    try:
+        whole = np.broadcast_shapes(*lead)
+    except ValueError as error:
+        dims = ", ".join(f"{type(part).__name__} {shape}" for part, shape in zip(owners, lead, strict=True) if shape)
+        raise ValueError(f"the leading dims of the arrays of {mask!r} do not broadcast: {dims}") from error
     batch, K = (whole[:-1], whole[-1]) if heads else (whole, 1)
     return whole, Axes.of(batch, K, 1, T, S)
 

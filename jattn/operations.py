@@ -100,7 +100,7 @@ class Attend(Operation):
 
     def outputs(self, avals: Sequence[Any]) -> list[tuple[tuple[Any, ...], Any]]:
         problem: Problem = self.tree.unflatten(avals)
-        rows, wide = problem.q.array.shape[:-1], checks.wide(problem.q.array)
+        rows, wide = problem.q.array.shape[:-1], problem.wide
         return [((*rows, problem.v.array.shape[-1]), wide), (rows, wide), (rows, wide)]
 
     def __call__(self, where: Target, args: Sequence[jax.Array]) -> list[jax.Array]:

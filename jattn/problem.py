@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 
 from jattn import checks, letters, masks, scores, softmax
 from jattn.intervals import Interval
-from jattn.letters import KEYS, ROWS, WHOLE, Axes, Lettered, Order
+from jattn.letters import KEYS, ROWS, Axes, Lettered, Order
 from jattn.scores import Dropout, Modifier, Sink, as_scores
 from jattn.softmax import Running
 from jattn.target import Target
-from jattn.values import Value
+from jattn.values import Value, lettered
 
 _ValueT = TypeVar("_ValueT", bound=Value)
 
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     q: Any  # [*batch, T, K, G, H]
     k: Any  # [*batch, S, K, H]
     v: Any  # [*batch, S, K, V]
-    scale: Any  # []
+    scale: Any  # [] or [*batch, K, G], in the dtype of sums
     mask: masks.Mask
     modifiers: tuple[Modifier, ...]
     sink: Sink | None
@@ -70,6 +70,11 @@ class Problem(NamedTuple):
             kv_pos = Lettered(jnp.asarray(kv_pos.array(self.axes["S"])), "S")
         return self._replace(q_pos=q_pos, kv_pos=kv_pos)
 
+    @property
+    def wide(self) -> Any:
+        """The dtype of sums, in which the scale is given."""
+        return self.scale.array.dtype
+
     def with_operands(self, dtype: Any) -> "Problem":
         """Returns the problem with q, k and v of another dtype."""
         q, k, v = (a.replace(a.array.astype(dtype)) for a in (self.q, self.k, self.v))
@@ -79,7 +84,7 @@ class Problem(NamedTuple):
         """Returns the whole problem as one block."""
         problem = self.with_positions()
         if target.is_cpu:
-            problem = problem.with_operands(checks.wide(problem.q.array))
+            problem = problem.with_operands(problem.wide)
         return problem.block(target)
 
     def block(self, target: Target) -> "Block":
@@ -129,13 +134,18 @@ class Block(NamedTuple):
     target: Target
 
     @property
+    def wide(self) -> Any:
+        """The dtype of sums."""
+        return self.at.scale.dtype
+
+    @property
     def rows(self) -> tuple[int, ...]:
         """The shape of the rows."""
         return tuple(self.at.q.shape[:-1])
 
     def start(self) -> Running:
         """The running softmax before any key."""
-        return softmax.start(self.rows, self.at.v.shape[-1], checks.wide(self.at.q), self.sink_logits())
+        return softmax.start(self.rows, self.at.v.shape[-1], self.wide, self.sink_logits())
 
     def consume(self, state: Running, keep: jax.Array | None, guard: bool) -> Running:
         """Takes the keys that `keep` allows (None: all) into the running softmax.
@@ -164,7 +174,9 @@ class Block(NamedTuple):
         q, k, v = self.at.q, self.at.k, self.at.v
         if keep is not None:
             q, k, v = self._guarded(keep)
-        wide, scale = checks.wide(q), self.at.scale.astype(checks.wide(q))
+        common = checks.common(q, k, v)  # widened within the block: a narrow cache under wide queries stays narrow
+        q, k, v = (x if x.dtype == common else x.astype(common) for x in (q, k, v))
+        wide, scale = self.wide, self.at.scale
         # Scaling narrow queries would round them once more.
         s = self._product(q * scale if q.dtype == wide else q, k, wide)
         s = s if q.dtype == wide else s * scale
@@ -189,13 +201,13 @@ class Block(NamedTuple):
         if self.at.dropout is None:
             return None
         kept = self.at.dropout(self.at.q_pos, self.at.kv_pos)
-        return kept.astype(checks.wide(self.at.q)) / (1 - self.at.dropout.rate)
+        return kept.astype(self.wide) / (1 - self.at.dropout.rate)
 
     def sink_logits(self) -> jax.Array | None:
         """The logits of the sink, broadcastable to the rows; None without."""
         if self.at.sink is None:
             return None
-        logits: jax.Array = self.at.sink.logits.astype(checks.wide(self.at.q))
+        logits: jax.Array = self.at.sink.logits.astype(self.wide)
         return logits[..., 0]
 
     def _guarded(self, keep: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -266,14 +278,13 @@ def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
         mask = masks.placed(mask)
     scale = _scale(options.get("scale"), H)
     wide = checks.wide(query, key, value)
-    dtype = query.dtype if query.dtype == key.dtype == value.dtype else wide  # one for the operands of the products
     sink = next((score for score in modifiers if isinstance(score, Sink)), None)
-    q = query.astype(dtype).reshape((*batch, T, K, N // K, H))
+    q = query.reshape((*batch, T, K, N // K, H))
     return Problem(
         q=Lettered.bare(q, axes.batch + "TKG", ROWS, "T"),
-        k=Lettered.bare(key.astype(dtype), axes.batch + "SK", KEYS, "S"),
-        v=Lettered.bare(value.astype(dtype), axes.batch + "SK", KEYS, "S"),
-        scale=Lettered(scale.astype(wide), "", WHOLE),
+        k=Lettered.bare(key, axes.batch + "SK", KEYS, "S"),
+        v=Lettered.bare(value, axes.batch + "SK", KEYS, "S"),
+        scale=lettered(scale.astype(wide), "N", axes, "scale"),
         mask=_lettered("mask", masks.opened(mask), axes),
         modifiers=tuple(_lettered("scores", m, axes) for m in scores.opened(modifiers, wide)),
         sink=None if sink is None else _lettered("scores", sink, axes),
@@ -307,8 +318,8 @@ def _scale(scale: Any, H: int) -> jax.Array:
     if H == 0 and scale is None:
         raise ValueError("scale=None is 1/sqrt(H), and query has H=0: give scale=")
     number = checks.as_array("scale", 1 / math.sqrt(H) if scale is None else scale)
-    if number.ndim or not (jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)):
-        raise ValueError(f"scale must be one real number, got {number.dtype}{list(number.shape)}")
+    if not (jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)):
+        raise TypeError(f"scale must be a real number or real numbers [..., N], got {number.dtype}{list(number.shape)}")
     return number
 
 

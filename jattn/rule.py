@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn import checks, letters, softmax
+from jattn import letters, softmax
 from jattn.implementations.base import Implementation
 from jattn.letters import Lettered
 from jattn.problem import Problem
@@ -38,8 +38,7 @@ def tangent(
       live: the leaves that have directions.
     """
     # Wide here, and not only in the loops, so that gradients of every order are summed wide.
-    dtype = problem.q.array.dtype
-    problem = problem.with_operands(checks.wide(problem.q.array) if plan.target.is_cpu else dtype)
+    problem = problem.with_operands(problem.wide) if plan.target.is_cpu else problem
     answered = at.l != 0  # and not > 0, which would take a nan for no key
     # A row without keys has nothing to subtract; subtracting the greatest number gives it e = 0.
     shift = Lettered(jnp.where(answered, at.m, -softmax.least(at.m.dtype)), problem.q.letters, letters.ROWS)

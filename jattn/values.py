@@ -94,7 +94,7 @@ class Value:
         if name in self.payload:
             return jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), field)
         if name in self.axes:
-            return _lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}", self.ids)
+            return lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}", self.ids)
         parts, tree = jax.tree.flatten(field, is_leaf=lambda leaf: isinstance(leaf, Value))
         if not all(isinstance(part, Value) for part in parts):
             raise TypeError(
@@ -149,7 +149,7 @@ class Opened(Value):
         return call(self.value.replace(**fields), *args)
 
 
-def _lettered(array: Array, own_axes: str, axes: Axes, name: str, keep_integers: bool) -> Lettered:
+def lettered(array: Array, own_axes: str, axes: Axes, name: str, keep_integers: bool = False) -> Lettered:
     """Names the axes of an array `[*lead, *own_axes]`, whose own axes may be fewer: they broadcast."""
     array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
     N = axes["K"] * axes["G"]

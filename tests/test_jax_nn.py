@@ -242,3 +242,10 @@ def test_differs_in_what_the_docstring_lists():
     text = jattn.dot_product_attention.__doc__
     for word in ("jax.nn", "top left", "NaN", "float64", "residual", "gradient"):
         assert word.lower() in text.lower(), word
+
+
+@pytest.mark.parametrize("window", [-1, (1, -1), 1.5, (None, 2.0)], ids=str)
+def test_the_error_names_the_argument_that_was_used(window):
+    x = normal(B, T, 2, 4)
+    with pytest.raises((ValueError, TypeError), match="local_window_size must be"):
+        jattn.dot_product_attention(x, x, x, local_window_size=window)

@@ -797,3 +797,17 @@ def test_integers_beyond_int32():
         f(mask=Segments(np.ones(4, np.uint32), np.ones(4, np.int32)))
     late = jax.jit(lambda at: jattn.attention(x, x, x, mask=Causal(), q_offset=at))(jnp.int32(2**31 - 2))
     np.testing.assert_allclose(late, f(mask=Causal(), q_offset=4), rtol=1e-5, atol=1e-5)  # all keys are before it
+
+
+def test_what_allows_everything_or_nothing_is_simplified():
+    causal, ids = Causal(), Segments(np.array([0, 1], np.int32))
+    assert causal & ~causal == ~causal & causal == Empty()
+    assert causal | ~causal == ~causal | causal == Full()
+    assert causal & Window(None, None) == Window(None, None) & causal == causal
+    assert isinstance(ids & ~ids, masks.And)  # arrays may be traced, and are not compared
+
+
+def test_arrays_that_do_not_go_together_are_named():
+    both = Lengths(kv=np.ones((2, 3), np.int32)) & Segments(np.ones((2, 4), np.int32))
+    with pytest.raises(ValueError, match=r"do not broadcast: Lengths \(2, 3\), Segments \(2,\)"):
+        both.to_array(4, 4)

@@ -169,6 +169,20 @@ def test_narrow_operands_are_never_widened_as_a_whole(B, T, S, N, K, dtype):
     assert narrow <= 1.02 * own + 0.6 * sums
 
 
+@pytest.mark.parametrize(("wide", "narrow"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float8_e4m3fn)], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(1, 16384), (256, 4096)])
+def test_a_narrow_cache_under_wide_queries_is_never_widened_as_a_whole(T, S, wide, narrow):
+    def temp(of_cache):
+        arrays = [jax.ShapeDtypeStruct((1, length, 8, 64), dtype) for length, dtype in ((T, wide), (S, of_cache))]
+        return temp_bytes(
+            lambda q, cache: jattn.attention(q, cache, cache, q_offset=S - T, mask=masks.Causal()), *arrays
+        )
+
+    mixed, alike = temp(narrow), temp(wide)
+    print(f"{mixed / MIB:.2f} {alike / MIB:.2f}")
+    assert mixed <= 1.02 * alike
+
+
 def test_a_narrow_bias_is_never_widened_as_a_whole():
     T, N, H = 4096, 2, 64
 

@@ -1,6 +1,7 @@
 """Score modifiers: each against NumPy, in order, with gradients in the small arrays that they carry."""
 
 import copy
+import functools
 import itertools
 import math
 
@@ -14,7 +15,7 @@ from jattn import masks, scores
 from jattn.scores import ALiBi, Bias, Dropout, Function, RelativePosition, Sink, SoftCap, alibi_slopes
 from tests import plain
 from tests.pictures import draw
-from tests.plain import assert_close, derivatives, loss, once, qkv
+from tests.plain import assert_close, derivatives, loss, once, qkv, quick
 
 SMALL = jattn.Blockwise(block_q=3, block_kv=4)
 both = pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
@@ -510,3 +511,26 @@ def test_narrow_arrays_are_not_left_to_promotion(implementation, modifier):
 
     gradients = derivatives(lambda args: slope(*args), (array, *x))
     assert all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(gradients))
+
+
+@both
+@pytest.mark.parametrize("lead", [(), (2,), (1,)], ids=str)
+def test_a_scale_for_each_head(implementation, lead):
+    """As if the queries had been scaled, in values and in both gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 6, n, 3)), jnp.float32) for n in (4, 2, 2))
+    scale = jnp.asarray(rng.uniform(0.1, 2, (*lead, 4)), jnp.float32)
+
+    def ours(q, scale):
+        return jattn.attention(q, k, v, scale=scale, implementation=implementation)
+
+    def scaled(q, scale):
+        every = jnp.broadcast_to(scale, (2, 4)) if lead else jnp.stack([scale, scale])
+        return jattn.attention(q * every[:, None, :, None], k, v, scale=1.0, implementation="dense")
+
+    def run(f, *x):
+        return f(*x), jax.grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1))(*x)
+
+    got, wanted = (quick(functools.partial(run, f), q, scale) for f in (ours, scaled))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

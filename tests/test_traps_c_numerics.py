@@ -1,5 +1,7 @@
 """Traps C1-C15: NaN, empty rows and numerics."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -419,3 +421,32 @@ def test_c1_whatever_the_cotangent_of_a_row_without_keys_holds(implementation, s
 
     clean = jnp.ones((5, 6, 3)).at[0].set(0)
     chex.assert_trees_all_equal(quick(pulled, clean.at[0].set(jnp.nan)), quick(pulled, clean))
+
+
+@both
+@pytest.mark.parametrize(
+    ("of_q", "of_kv", "tol"),
+    [
+        (jnp.float32, jnp.bfloat16, 1e-5),
+        (jnp.bfloat16, jnp.float32, 1e-2),
+        (jnp.bfloat16, jnp.float8_e4m3fn, 1e-2),
+        (jnp.float16, jnp.bfloat16, 2e-3),
+    ],
+    ids=str,
+)
+def test_dtypes_that_differ_are_widened_to_the_widest(implementation, of_q, of_kv, tol):
+    """As if all had been float32 from the start; results and gradients come back in the dtypes of their arguments."""
+    q, k, v = (a.astype(dtype) for a, dtype in zip(qkv(), (of_q, of_kv, of_kv), strict=True))
+
+    def run(implementation, *x):
+        def loss(*x):
+            return jnp.sin(jattn.attention(*x, implementation=implementation).astype(jnp.float32)).sum()
+
+        return jattn.attention(*x, implementation=implementation), jax.grad(loss, (0, 1, 2))(*x)
+
+    out, gradients = quick(functools.partial(run, implementation), q, k, v)
+    wanted, exact = quick(functools.partial(run, "dense"), *(a.astype(jnp.float32) for a in (q, k, v)))
+    assert [a.dtype for a in (out, *gradients)] == [of_q, of_q, of_kv, of_kv]
+    for got, right in zip((out, *gradients), (wanted, *exact), strict=True):
+        places = max(tol, 2.0 ** -jnp.finfo(got.dtype).nmant)
+        np.testing.assert_allclose(got.astype(jnp.float32), right, rtol=places, atol=places)

@@ -145,8 +145,7 @@ class _Nest(NamedTuple):
         if not self.plan.target.is_cpu:
             return leaves
         problem, *others = self.tree.unflatten(leaves)
-        wide = problem.scale.array.dtype  # the scale is given as wide as the sums
-        return jax.tree.leaves((problem.with_operands(wide), *others), is_leaf=letters.is_lettered)
+        return jax.tree.leaves((problem.with_operands(problem.wide), *others), is_leaf=letters.is_lettered)
 
     def _filled_up(self, leaves: Leaves) -> Leaves:
         """Rows and keys as long as their blocks; arrays of T x S are filled up later, a block of rows at a time."""
