@@ -102,7 +102,7 @@ def divides(num_kv_heads: int, num_heads: int) -> None:
     """ValueError unless the number of key/value heads divides the number of query heads."""
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
-            f"the number of query heads N must be a multiple of the number of key/value heads K: "
+            f"the number of query heads N must be a multiple of the number of key/value heads K, which divides it: "
             f"got num_heads N={num_heads} and num_kv_heads K={num_kv_heads}"
         )
 

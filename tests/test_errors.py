@@ -131,7 +131,7 @@ def _layer(name, function):
             f"{name} heads that do not divide",
             lambda: function(params(wk=f(C, 4, H), wv=f(C, 4, V), bk=f(4, H), bv=f(4, V)), x, context),
             ValueError,
-            (r"\b4\b", r"\b6\b", "divi"),
+            (r"\b4\b", r"\b6\b", "multiple of.*divi"),
         ),
         Bad(f"{name} no Params", lambda: function(f(D, N, H), x, context), TypeError, ("params", "Params")),
     ]
@@ -149,7 +149,7 @@ def _attention(name, function):
             f"{name} heads that do not divide",
             lambda: function(key=f(S, 4, H), **({"value": f(S, 4, V)} if function is attention else {})),
             ValueError,
-            (r"\b4\b", r"\b6\b", "divi"),
+            (r"\b4\b", r"\b6\b", "multiple of.*divi"),
         ),
         Bad(f"{name} batch dims", lambda: function(query=f(2, T, N, H)), ValueError, ("key|batch|leading", r"\b2\b")),
         Bad(
