@@ -179,10 +179,10 @@ def _run(f: Any, lies: Any, query: jax.Array, key: jax.Array, value: jax.Array, 
     Args:
       lies: gives the specs of the result, from that of the query.
     """
+    options = opened(options, checks.wide(query, key, value))
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:
         return f(query, key, value, options, *others)
-    options = opened(options, checks.wide(query, key, value))
     arrays, rebuild = arrays_apart((query, key, value, options, *others))
     run = jax.sharding.auto_axes(lambda *arrays: f(*rebuild(arrays)), out_sharding=lies(sharding.spec))
     return run(*arrays)

@@ -164,27 +164,40 @@ class Tangent(Operation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cotangent(Operation):
-    """The leaves of a problem, out, l, m, and cotangents of out and l -> the cotangents of some leaves."""
+class Transposed(Operation):
+    """The transpose of an operation: cotangents of some of its results -> those of its directions."""
 
-    of: Tangent
-    given: tuple[bool, ...]  # which of out and l have cotangents that are not 0
+    of: Any  # a Tangent or a Jvp
+    given: tuple[bool, ...]  # which of its results have cotangents that are not 0
 
     @property
     def fixed(self) -> int:
-        return self.of.fixed
+        return int(self.of.fixed)
 
     def outputs(self, avals: Sequence[Any]) -> list[tuple[tuple[Any, ...], Any]]:
         return [(avals[i].shape, direction_dtype(avals[i])) for i in self.of.live]
 
-    def along(self, which: Sequence[bool]) -> "Cotangent":
-        return Cotangent(self.of, _those(self.given, which))
+    def along(self, which: Sequence[bool]) -> Operation:
+        rest = iter(which)
+        return dataclasses.replace(self, given=tuple(g and next(rest) for g in self.given))
 
-    def transposed(self, given: tuple[bool, ...]) -> Tangent:
-        return self.of.along(given)
+    def transposed(self, given: tuple[bool, ...]) -> Operation:
+        along: Operation = self.of.along(given)
+        return along
 
     def batched(self, size: Any, mapped: Sequence[bool]) -> Batched | None:
-        return _batched_transpose(self, self.of, size, mapped)
+        # Cotangents are laid out as results, and results as directions.
+        found = self.of.batched(size, [*mapped[: self.fixed], *[True] * len(self.of.live)])
+        if found is None:
+            return None
+        given = [place for place, g in zip(found.results, self.given, strict=True) if g]
+        places, results = found.places[: self.fixed], found.places[self.fixed :]
+        return Batched(dataclasses.replace(self, of=found.operation), [*places, *given], results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cotangent(Transposed):
+    """The leaves of a problem, out, l, m, and cotangents of out and l -> the cotangents of some leaves."""
 
     def __call__(self, where: Target, args: Sequence[jax.Array]) -> list[jax.Array]:
         residuals, rest = args[: self.fixed], iter(args[self.fixed :])
@@ -246,27 +259,8 @@ class Jvp(Operation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vjp(Operation):
+class Vjp(Transposed):
     """The arguments of an operation and cotangents of some results -> the cotangents of some arguments."""
-
-    of: Jvp
-    given: tuple[bool, ...]
-
-    @property
-    def fixed(self) -> int:
-        return self.of.number
-
-    def outputs(self, avals: Sequence[Any]) -> list[tuple[tuple[Any, ...], Any]]:
-        return [(avals[i].shape, direction_dtype(avals[i])) for i in self.of.live]
-
-    def along(self, which: Sequence[bool]) -> "Vjp":
-        return Vjp(self.of, _those(self.given, which))
-
-    def transposed(self, given: tuple[bool, ...]) -> Jvp:
-        return self.of.along(given)
-
-    def batched(self, size: Any, mapped: Sequence[bool]) -> Batched | None:
-        return _batched_transpose(self, self.of, size, mapped)
 
     def __call__(self, where: Target, args: Sequence[jax.Array]) -> list[jax.Array]:
         moved, values = self.of.at(where, args)
@@ -318,17 +312,6 @@ class Vmap(Operation):
         return jax.vmap(lambda *args: self.of(where, args), in_axes, axis_name=self.name, axis_size=self.size)(*args)
 
 
-def _batched_transpose(operation: Any, of: Any, size: Any, mapped: Sequence[bool]) -> Batched | None:
-    """`batched` of the transpose of an operation: its cotangents are laid out as results, its results as directions."""
-    directions = [True] * len(of.live)
-    found = of.batched(size, [*mapped[: of.fixed], *directions])
-    if found is None:
-        return None
-    given = [place for place, g in zip(found.results, operation.given, strict=True) if g]
-    places, results = found.places[: of.fixed], found.places[of.fixed :]
-    return Batched(dataclasses.replace(operation, of=found.operation), [*places, *given], results)
-
-
 def direction_dtype(array: Any) -> Any:
     """The dtype of a direction of `array`: float32 at least, so that changes are summed wide."""
     return jnp.dtype(jnp.float32) if checks.is_narrow(array) else array.dtype
@@ -336,9 +319,3 @@ def direction_dtype(array: Any) -> Any:
 
 def _some(live: tuple[int, ...], which: Sequence[bool]) -> tuple[int, ...]:
     return tuple(i for i, w in zip(live, which, strict=True) if w)
-
-
-def _those(given: tuple[bool, ...], which: Sequence[bool]) -> tuple[bool, ...]:
-    """Which results have cotangents, when `which` of those that had them are left."""
-    rest = iter(which)
-    return tuple(g and next(rest) for g in given)

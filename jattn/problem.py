@@ -285,8 +285,8 @@ def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
         k=Lettered.bare(key, axes.batch + "SK", KEYS, "S"),
         v=Lettered.bare(value, axes.batch + "SK", KEYS, "S"),
         scale=lettered(scale.astype(wide), "N", axes, "scale"),
-        mask=_lettered("mask", masks.opened(mask), axes),
-        modifiers=tuple(_lettered("scores", m, axes) for m in scores.opened(modifiers, wide)),
+        mask=_lettered("mask", mask, axes),
+        modifiers=tuple(_lettered("scores", m, axes) for m in modifiers if isinstance(m, Modifier)),
         sink=None if sink is None else _lettered("scores", sink, axes),
         dropout=None if dropout is None or dropout.rate == 0 else dropout.lettered(axes),
         q_pos=q_pos,
@@ -301,10 +301,8 @@ def opened(options: Options, dtype: Any) -> Options:
     Args:
       dtype: of the scores.
     """
-    modifiers = as_scores(options.get("scores", ()))
-    each = iter(scores.opened(modifiers, dtype))
-    every = tuple(next(each) if isinstance(score, Modifier) else score for score in modifiers)
-    return {**options, "mask": masks.opened(masks.as_mask(options.get("mask"))), "scores": every}
+    mask = masks.opened(masks.as_mask(options.get("mask")))
+    return {**options, "mask": mask, "scores": scores.opened(as_scores(options.get("scores", ())), dtype)}
 
 
 def _lettered(name: str, value: _ValueT, axes: Axes) -> _ValueT:

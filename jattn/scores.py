@@ -309,14 +309,14 @@ def as_scores(scores: Any) -> tuple[Value, ...]:
     return tuple(scores)
 
 
-def opened(scores: tuple[Value, ...], dtype: Any) -> list[Modifier]:
-    """Returns the modifiers, with what their functions close over, of an enclosing trace, among their arrays.
+def opened(scores: tuple[Value, ...], dtype: Any) -> tuple[Value, ...]:
+    """Returns the scores, with what their functions close over, of an enclosing trace, among their arrays.
 
     Args:
       dtype: of the scores.
     """
-    modifiers = [score for score in scores if isinstance(score, Modifier)]
-    return [_Opened.of(modifier, (dtype, jnp.int32, jnp.int32)) for modifier in modifiers]
+    dtypes = dtype, jnp.int32, jnp.int32
+    return tuple(_Opened.of(score, dtypes) if isinstance(score, Modifier) else score for score in scores)
 
 
 def _threefry(

@@ -257,6 +257,12 @@ POLICIES = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
+    "offload what attention needs": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["jattn_out", "jattn_lse"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
