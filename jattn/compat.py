@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jattn import checks, masks
 from jattn.dispatch import attention, attention_weights, attention_with_lse
 from jattn.implementations import Blockwise
+from jattn.problem import operands
 from jattn.scores import Bias, Dropout
 
 
@@ -153,8 +154,7 @@ def flax_attention_fn(
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
-    arrays = tuple(checks.floating(n, a) for n, a in (("query", query), ("key", key), ("value", value)))
-    arrays = (promote_dtype or _promoted)(arrays, dtype=dtype)
+    arrays = (promote_dtype or _promoted)(operands(query, key, value), dtype=dtype)
     allowed = masks.as_mask(None if mask is None else checks.as_array("mask", mask) != 0)
     options: Any = dict(
         mask=allowed & masks.Causal() if is_causal else allowed,

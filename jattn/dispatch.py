@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jattn import autodiff, checks, letters, masks, softmax, target
 from jattn.implementations import Blockwise, choose, dense, named
-from jattn.problem import Options, Problem, lay_out, opened
+from jattn.problem import Options, Problem, lay_out, opened, operands
 from jattn.scores import Dropout
 from jattn.softmax import Running
 from jattn.values import Value
@@ -158,7 +158,7 @@ def _options(arguments: dict[str, Any]) -> Options:
 
 def _attend(query: Any, key: Any, value: Any, options: Options, implementation: Any) -> tuple[jax.Array, Running]:
     """The output in the query's dtype, and the softmax that it comes from, in the caller's layout."""
-    query, key, value = (checks.floating(n, a) for n, a in (("query", query), ("key", key), ("value", value)))
+    query, key, value = operands(query, key, value)
 
     def run(query: Any, key: Any, value: Any, options: Options) -> Running:
         return _state(query, key, value, options, implementation)

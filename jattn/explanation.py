@@ -11,7 +11,7 @@ from jattn import target
 from jattn.dispatch import arrays_apart, attention_with_lse
 from jattn.implementations import choose, named
 from jattn.implementations.base import Implementation
-from jattn.problem import Options, Problem, lay_out
+from jattn.problem import Options, Problem, lay_out, operands
 from jattn.visits import EMPTY, FULL, PARTIAL, Plan, static_kinds
 
 
@@ -65,7 +65,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 
     def look(*arrays: Any) -> list[jax.Array] | None:
         query, key, value, options = rebuild(arrays)
-        problem, where = lay_out(query, key, value, options), target.now()
+        problem, where = lay_out(*operands(query, key, value), options), target.now()
         taken, reasons = choose(problem, where, named(implementation))
         plan = taken.plan(problem, where)
         known = static_kinds(plan, problem, problem.mask)

@@ -254,9 +254,13 @@ def _dot(a: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
     return lax.dot_general(a, b, (over, (batch, batch)), preferred_element_type=dtype)
 
 
-def lay_out(query: Any, key: Any, value: Any, options: Options) -> Problem:
+def operands(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns query, key and value as arrays; TypeError for one that is not real floating."""
+    return checks.floating("query", query), checks.floating("key", key), checks.floating("value", value)
+
+
+def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options) -> Problem:
     """Checks the arguments of `attention` and gives them letters; see there for what they mean and what is refused."""
-    query, key, value = checks.floating("query", query), checks.floating("key", key), checks.floating("value", value)
     checks.rank("query", query, "..., T, N, H")
     checks.rank("key", key, "..., S, K, H")
     checks.rank("value", value, "..., S, K, V")

@@ -132,8 +132,10 @@ class Opened(Value):
         Args:
           dtypes: of what it is called with.
         """
+        if not calls_functions(value):
+            return value
         parts, captured = closures.emptied((value.static(), type(value).__call__))
-        if calls_functions(value) and not value.axes:  # else its arrays have no shape yet in which it could be called
+        if not value.axes:  # else its arrays have no shape yet in which it could be called
             leaves, tree = jax.tree.flatten(value)
             elements = [jax.ShapeDtypeStruct((1, 1), dtype) for dtype in dtypes]
 
