@@ -82,6 +82,25 @@ MASKS = (
         "Causal() & Segments(np.repeat([0, 1, 2], [5, 3, 4]).astype(np.int32))",
         SQUARE,
     ),
+    Entry("Chunks", "Chunked attention, as in Llama 4: causal within each chunk.", "Chunks(4) & Causal()", SQUARE),
+    Entry(
+        "Windows of a grid",
+        "Positions count a grid row by row, here 4 x 6: a query sees its own tile, as in Swin.",
+        "Chunks((2, 3), (4, 6))",
+        dict(T=24, S=24),
+    ),
+    Entry(
+        "Neighborhood",
+        "A query sees what is near it on a grid, here within one step in each direction on 4 x 6.",
+        "Neighborhood((4, 6), 1)",
+        dict(T=24, S=24),
+    ),
+    Entry(
+        "Dilated neighborhood",
+        "Only every second column is a neighbour, so that the same number of keys reach twice as far.",
+        "Neighborhood((4, 6), 1, (1, 2))",
+        dict(T=24, S=24),
+    ),
     Entry("Not", "What a mask does not allow: here all that is farther away than two.", "~Window(2, 2)", SQUARE),
     Entry(
         "Dense",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jattn import checks, masks
+from jattn import algebra, checks, masks
 from jattn.dispatch import attention, attention_weights, attention_with_lse
 from jattn.implementations import Blockwise
 from jattn.problem import operands
@@ -63,7 +63,7 @@ def dot_product_attention(
     Raises:
       ValueError, TypeError: as in `attention`.
     """
-    allowed = masks.as_mask(None if mask is None else checks.boolean("mask", mask))
+    allowed = algebra.as_mask(None if mask is None else checks.boolean("mask", mask))
     if not isinstance(is_causal, bool | np.bool_):
         raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
     if is_causal:
@@ -155,7 +155,7 @@ def flax_attention_fn(
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
     arrays = (promote_dtype or _promoted)(operands(query, key, value), dtype=dtype)
-    allowed = masks.as_mask(None if mask is None else checks.as_array("mask", mask) != 0)
+    allowed = algebra.as_mask(None if mask is None else checks.as_array("mask", mask) != 0)
     options: Any = dict(
         mask=allowed & masks.Causal() if is_causal else allowed,
         scores=() if bias is None else (Bias(checks.floating("bias", bias)),),

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 
 class Interval:
     """What is known of all the values in a block: each lies between `lo` and `hi`.
@@ -53,8 +57,22 @@ class Interval:
     def __invert__(self) -> "Interval":
         return Interval(~self.hi, ~self.lo)
 
+    def __floordiv__(self, divisor: Any) -> "Interval":
+        return Interval(self.lo // divisor, self.hi // divisor) if _is_positive(divisor) else NotImplemented
+
+    def __mod__(self, divisor: Any) -> "Interval":
+        if not _is_positive(divisor):
+            return NotImplemented
+        turns = self.lo // divisor != self.hi // divisor  # then it holds every remainder, for all that is known
+        xp = jnp if isinstance(turns, jax.Array) else np
+        return Interval(xp.where(turns, 0, self.lo % divisor), xp.where(turns, divisor - 1, self.hi % divisor))
+
     def __bool__(self) -> bool:
         raise TypeError("what is known of a block is neither true nor false: join predicates by & | ~")
 
     __rand__ = __and__
     __ror__ = __or__
+
+
+def _is_positive(divisor: Any) -> bool:
+    return isinstance(divisor, int) and divisor > 0

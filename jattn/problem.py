@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jattn import checks, letters, masks, scores, softmax
+from jattn import algebra, checks, letters, scores, softmax
 from jattn.intervals import Interval
 from jattn.letters import KEYS, ROWS, Axes, Lettered, Order
 from jattn.scores import Dropout, Modifier, Sink, as_scores
@@ -27,7 +27,7 @@ _ValueT = TypeVar("_ValueT", bound=Value)
 class Options(TypedDict, total=False):
     """What may be said of a problem beside query, key and value; see `jattn.attention`."""
 
-    mask: masks.Mask | ArrayLike | None
+    mask: algebra.Mask | ArrayLike | None
     scores: tuple[Value, ...]
     scale: ArrayLike | None
     q_offset: ArrayLike | None
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     k: Any  # [*batch, S, K, H]
     v: Any  # [*batch, S, K, V]
     scale: Any  # [] or [*batch, K, G], in the dtype of sums
-    mask: masks.Mask
+    mask: algebra.Mask
     modifiers: tuple[Modifier, ...]
     sink: Sink | None
     dropout: Dropout | None
@@ -109,7 +109,7 @@ class Problem(NamedTuple):
             return False
         q_pos, kv_pos = self.q_pos.array(T), self.kv_pos.array(S)
 
-        read = masks.by_block(self.mask, Interval.of)
+        read = algebra.by_block(self.mask, Interval.of)
 
         def surely(pairs: list[tuple[np.ndarray, np.ndarray]]) -> bool:
             verdicts = [Interval.of(read(*map(Interval.of, pair))).lo for pair in pairs]
@@ -159,7 +159,7 @@ class Block(NamedTuple):
 
     def keep(self) -> jax.Array | None:
         """Which scores count, bool, broadcastable to the scores; None for all."""
-        if isinstance(self.at.mask, masks.Full):
+        if isinstance(self.at.mask, algebra.Full):
             return None
         keep: jax.Array = jnp.asarray(self.at.mask(self.at.q_pos, self.at.kv_pos))
         return keep if keep.ndim else jnp.broadcast_to(keep, (1,) * len(self.rows) + self.at.k.shape[-2:-1])
@@ -271,7 +271,7 @@ def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options
     _check_shape("value", value, "..., S, K, V", (*batch, S, K, V))
     checks.divides(K, N)
     axes = Axes.of(batch, K, N // K, T, S)
-    mask, modifiers = masks.as_mask(options.get("mask")), as_scores(options.get("scores", ()))
+    mask, modifiers = algebra.as_mask(options.get("mask")), as_scores(options.get("scores", ()))
     dropout = options.get("dropout")
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be a jattn.Dropout(rate, key) or None, got {dropout!r}")
@@ -279,7 +279,7 @@ def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options
     if T != S and options.get("q_offset") is None and options.get("q_positions") is None:
         _refuse_to_guess(mask, modifiers, T, S)
     if any(options.get(name) is not None for name in ("q_positions", "kv_positions")):
-        mask = masks.placed(mask)
+        mask = algebra.placed(mask)
     scale = _scale(options.get("scale"), H)
     wide = checks.wide(query, key, value)
     sink = next((score for score in modifiers if isinstance(score, Sink)), None)
@@ -305,7 +305,7 @@ def opened(options: Options, dtype: Any) -> Options:
     Args:
       dtype: of the scores.
     """
-    mask = masks.opened(masks.as_mask(options.get("mask")))
+    mask = algebra.opened(algebra.as_mask(options.get("mask")))
     return {**options, "mask": mask, "scores": scores.opened(as_scores(options.get("scores", ())), dtype)}
 
 
@@ -373,7 +373,7 @@ def _given_positions(name: str, array: Any, axes: Axes, own: str) -> Lettered:
     return Lettered.bare(array, axes.batch[len(batch) - split :] + own, kept=own)
 
 
-def _refuse_to_guess(mask: masks.Mask, modifiers: tuple[Value, ...], T: int, S: int) -> None:
+def _refuse_to_guess(mask: algebra.Mask, modifiers: tuple[Value, ...], T: int, S: int) -> None:
     ordered = [m for m in modifiers if getattr(m, "ordered", False)]
     if mask.is_ordered or ordered:
         culprit = f"mask={mask!r}" if mask.is_ordered else f"scores={ordered[0]!r}"

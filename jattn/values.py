@@ -183,11 +183,17 @@ def calls_functions(value: Any) -> bool:
         return any(map(calls_functions, value))
     if not isinstance(value, Value):
         return callable(value)
-    foreign = not type(value).__module__.startswith(f"{__package__}.")
-    return foreign or any(map(calls_functions, value.fields().values()))
+    return is_foreign(value) or any(map(calls_functions, value.fields().values()))
+
+
+def is_foreign(value: Value) -> bool:
+    """Whether the class of a value is the caller's own."""
+    return not type(value).__module__.startswith(f"{__package__}.")
 
 
 def _is_static(field: Any) -> bool:
+    if isinstance(field, tuple):
+        return all(map(_is_static, field))
     is_function = callable(field) and not isinstance(field, Value)
     return field is None or isinstance(field, bool | int | float | str) or is_function
 

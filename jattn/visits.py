@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import masks
+from jattn import algebra
 from jattn.letters import Axes
 from jattn.problem import Problem, Range
 from jattn.target import Target
@@ -60,7 +60,7 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     kinds = static_kinds(plan, problem, problem.mask)
     decided = kinds is not None
     if not decided:
-        kinds = static_kinds(plan, problem, masks.known(problem.mask))
+        kinds = static_kinds(plan, problem, algebra.known(problem.mask))
         # To agree on a block, examples and heads on different devices would have to ask each other; none at all cannot.
         several = plan.target.devices > 1
         decided = any(block != 1 and (block == 0 or several) for block in plan.blocks.shape(plan.blocks.batch + "K"))
@@ -80,17 +80,17 @@ def visits_of(plan: Plan, problem: Problem) -> Visits:
     return Visits(order, np.searchsorted(present, kinds).astype(np.int32), present, width)
 
 
-def static_kinds(plan: Plan, problem: Problem, mask: masks.Mask) -> np.ndarray | None:
+def static_kinds(plan: Plan, problem: Problem, mask: algebra.Mask) -> np.ndarray | None:
     """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`, if that is known while tracing."""
     T, S = problem.axes.shape("TS")
-    q_range, kv_range = (Range(0), Range(0)) if isinstance(mask, masks.Full) else (plan.q_range, plan.kv_range)
+    q_range, kv_range = (Range(0), Range(0)) if isinstance(mask, algebra.Full) else (plan.q_range, plan.kv_range)
     if q_range is None or kv_range is None or not (isinstance(T, int) and isinstance(S, int)) or jax.tree.leaves(mask):
         return None
     found: np.ndarray = kinds(mask, q_range.array(T)[:, None], kv_range.array(S)[None, :], plan.blocks, S)
     return found
 
 
-def kinds(mask: masks.Mask, q_pos: Any, kv_pos: Any, blocks: Axes, S: Any) -> Any:
+def kinds(mask: algebra.Mask, q_pos: Any, kv_pos: Any, blocks: Axes, S: Any) -> Any:
     """EMPTY, PARTIAL or FULL for each block, int32 `[rows, columns]`: NumPy if positions and mask are known now.
 
     Args:
@@ -98,7 +98,7 @@ def kinds(mask: masks.Mask, q_pos: Any, kv_pos: Any, blocks: Axes, S: Any) -> An
       S: how many of the keys are there.
     """
     block_q, block_kv = blocks.shape("TS")
-    empty, full = masks.blocks(mask, q_pos, kv_pos, block_q, block_kv)
+    empty, full = algebra.blocks(mask, q_pos, kv_pos, block_q, block_kv)
     xp = np if isinstance(empty, np.ndarray) and isinstance(full, np.ndarray) else jnp
     if not isinstance(S, int) or S % block_kv:  # the padding of the last block is not to be seen
         full = full & (xp.arange(full.shape[1])[None, :] < S // block_kv)
@@ -140,7 +140,7 @@ def _ranges(problem: Problem) -> tuple[Range | None, Range | None]:
 
 def _is_known(problem: Problem) -> bool:
     """Whether it is known while tracing which scores the mask allows."""
-    positions = None not in _ranges(problem) or isinstance(problem.mask, masks.Full)
+    positions = None not in _ranges(problem) or isinstance(problem.mask, algebra.Full)
     return positions and not jax.tree.leaves(problem.mask)
 
 

@@ -29,7 +29,7 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
-        "jattn/masks.py",
+        "jattn/algebra.py",
         "return (q_pos >= 0) & (kv_pos >= 0)",
         "return kv_pos >= 0",
         (f"{MASKS}::test_nothing_is_at_a_negative_position",),

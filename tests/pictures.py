@@ -14,6 +14,20 @@ def striped(q_pos, kv_pos, period):
     return (q_pos + 2 * kv_pos) % period != 0
 
 
+def near(i, j, shape=(3, 5), radius=(1, 1), dilation=(1, 1)):
+    """Whether two positions of a grid are neighbours."""
+    if not (0 <= i < shape[0] * shape[1] and 0 <= j < shape[0] * shape[1]):
+        return False
+    apart = zip(divmod(i, shape[1]), divmod(j, shape[1]), radius, dilation, strict=True)
+    return all(abs(q - kv) <= r * d and (q - kv) % d == 0 for q, kv, r, d in apart)
+
+
+def together(i, j, shape=(3, 5), tile=(2, 2)):
+    """Whether two positions of a grid are in one tile."""
+    tiles = zip(divmod(i, shape[1]), divmod(j, shape[1]), tile, strict=True)
+    return max(i, j) < shape[0] * shape[1] and all(q // n == kv // n for q, kv, n in tiles)
+
+
 def catalogue(T=11, S=11, offset=0):
     """name -> (mask, bool [T, S]) for queries at positions offset, offset + 1, ..."""
     rng = np.random.default_rng(T * S)
@@ -41,6 +55,13 @@ def catalogue(T=11, S=11, offset=0):
         "padded": (masks.Lengths(kv=np.int32(3)), draw(T, S, lambda i, j: j < 3)),
         "segments": (masks.Segments(q_ids, kv_ids), same),
         "dense": (masks.Dense(noise), noise),
+        "chunks": (masks.Chunks(4), draw(T, S, lambda i, j: (offset + i) // 4 == j // 4)),
+        "tiles": (masks.Chunks(2, (3, 5)), draw(T, S, lambda i, j: together(offset + i, j))),
+        "neighbors": (masks.Neighborhood((3, 5), 1), draw(T, S, lambda i, j: near(offset + i, j))),
+        "dilated": (
+            masks.Neighborhood((2, 7), (None, 1), (1, 2)),
+            draw(T, S, lambda i, j: near(offset + i, j, (2, 7), (9, 1), (1, 2))),
+        ),
         "function": (masks.Function(striped, 3), stripes),
         "prefix_lm": (masks.Prefix(4) | masks.Causal(), prefix | causal),
         "packed": (masks.Causal() & masks.Segments(q_ids, kv_ids), causal & same),

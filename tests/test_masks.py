@@ -277,6 +277,10 @@ BY_POSITION = [
     "lengths",
     "function",
     "outside",
+    "chunks",
+    "tiles",
+    "neighbors",
+    "dilated",
 ]
 
 
@@ -455,6 +459,17 @@ WRONG = {
     "window by name": (lambda: Window("2", 0), TypeError, "left"),
     "sliding window of nothing": (lambda: SlidingWindow(0), ValueError, "SlidingWindow"),
     "sliding window of 2.5": (lambda: SlidingWindow(2.5), (TypeError, ValueError), "SlidingWindow"),
+    "no chunk": (lambda: masks.Chunks(0), ValueError, "Chunks size.*from 1.*0"),
+    "fractional chunk": (lambda: masks.Chunks(2.5), TypeError, "Chunks size.*2.5"),
+    "a tile of two axes on a line": (lambda: masks.Chunks((2, 2)), ValueError, "Chunks size.*1 axes"),
+    "a tile of one axis": (lambda: masks.Chunks((2,), (4, 4)), ValueError, "Chunks size.*2 axes"),
+    "no axis": (lambda: masks.Neighborhood((), 1), ValueError, "Neighborhood shape"),
+    "an empty axis": (lambda: masks.Neighborhood((4, 0), 1), ValueError, "Neighborhood shape.*from 1"),
+    "negative radius": (lambda: masks.Neighborhood((4, 4), -1), ValueError, "Neighborhood radius.*from 0.*-1"),
+    "three radii": (lambda: masks.Neighborhood((4, 4), (1, 1, 1)), ValueError, "Neighborhood radius.*2 axes"),
+    "radius of an array": (lambda: masks.Neighborhood((4, 4), np.ones(2, int)), TypeError, "Neighborhood radius"),
+    "no dilation": (lambda: masks.Neighborhood((4, 4), 1, 0), ValueError, "Neighborhood dilation.*from 1"),
+    "dilation of None": (lambda: masks.Neighborhood((4, 4), 1, None), TypeError, "Neighborhood dilation"),
     "negative prefix": (lambda: Prefix(-1), ValueError, "length.*-1"),
     "fractional prefix": (lambda: Prefix(1.0), TypeError, "length"),
     "no prefix": (lambda: Prefix(None), TypeError, "length"),
@@ -539,6 +554,53 @@ def parts(mask):
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, masks.Mask):
                 yield from parts(part)
+
+
+GRIDS = {  # each with the share of its blocks of 128 x 128 that can be left out, at least
+    "a plane": (masks.Neighborhood((64, 64), 3), 0.82),  # of the window around it
+    "dilated": (masks.Neighborhood((64, 64), 3, 2), 0.65),
+    "rows": (masks.Neighborhood((64, 64), (0, None)), 0.96),
+    "wide rows": (masks.Neighborhood((8, 512), (1, 30)), 0.78),
+    "space": (masks.Neighborhood((16, 16, 16), 2), 0.7),
+    "windows": (masks.Chunks((8, 8), (64, 64)), 0.87),
+    "chunks": (masks.Chunks(512) & masks.Causal(), 0.92),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_blocks_of_a_grid_that_are_far_apart_are_left_out(name):
+    mask, share = GRIDS[name]
+    x = jax.ShapeDtypeStruct((4096, 2, 8), jnp.float32)
+    assert jattn.explain(x, x, x, mask=mask, implementation=jattn.Blockwise(128, 128)).empty >= share
+
+
+def test_a_grid_among_other_tokens():
+    """Registers behind an image see all and are seen by all; what is placed on the grid by positions may come mixed."""
+    image = masks.Neighborhood((2, 3), 1)
+    both = image | ~masks.Prefix(6) | masks.Function(lambda q_pos, kv_pos: q_pos >= 6)
+    wanted = np.ones((8, 8), bool)
+    wanted[:6, :6] = image.to_array(6, 6)
+    np.testing.assert_array_equal(both.to_array(8, 8), wanted)
+    np.testing.assert_array_equal(np.asarray(image.to_array(8, 8))[6:], False)
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["known", "traced"])
+def test_quotients_and_remainders_of_an_interval(xp):
+    """Of each number in it, and no looser where it lies within one turn."""
+    for lo, hi, divisor in itertools.product(range(-5, 9), range(-5, 9), (1, 3, 4)):
+        if lo <= hi:
+            interval = Interval(xp.int32(lo), xp.int32(hi))
+            numbers = np.arange(lo, hi + 1)
+            for got, each in ((interval // divisor, numbers // divisor), (interval % divisor, numbers % divisor)):
+                assert got.lo <= each.min() and each.max() <= got.hi
+            assert (interval // divisor).lo == (numbers // divisor).min()
+            if lo // divisor == hi // divisor:
+                assert ((interval % divisor).lo, (interval % divisor).hi) == (lo % divisor, hi % divisor)
+    for wrong in (0, -2, 1.5, Interval(1, 2)):
+        with pytest.raises(TypeError):
+            interval // wrong
+        with pytest.raises(TypeError):
+            interval % wrong
 
 
 def test_the_opposite_of_a_function_that_says_true_is_false():

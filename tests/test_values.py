@@ -35,6 +35,8 @@ VALUES = {
     "Segments": masks.Segments(IDS),
     "Segments of both": masks.Segments(IDS, IDS),
     "Dense": masks.Dense(np.ones((4, 4), bool)),
+    "Chunks": masks.Chunks(2, (3, 4)),
+    "Neighborhood": masks.Neighborhood((3, 4), (1, None), 2),
     "Function of masks": masks.Function(near, jnp.int32(2)),
     "And": masks.Causal() & masks.Segments(IDS),
     "Or": masks.Prefix(jnp.int32(1)) | masks.Causal(),
