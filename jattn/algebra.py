@@ -71,6 +71,8 @@ class Mask(Value):
 
         A mask of one's own may do with positions what intervals cannot: then nothing is known of a block.
         """
+        if any(own != own.upper() for own in self.axes.values()):
+            return lambda q_pos, kv_pos: UNKNOWN  # arrays with axes of their own are no bounds of a block
         read: Mask = jax.tree.map(interval, self)
         if not values.is_foreign(self):
             return read
@@ -347,19 +349,18 @@ def _is_not(a: Mask, b: Mask) -> bool:
 def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
     """The leading dims of the mask as an array, and the axes of a problem that it fits.
 
-    Dims in front of a `Dense` mask's T and S are the batch and the heads, so a mask with one dim less has batch alone;
-    without a `Dense` that has heads, leading dims are taken for the batch.
+    Where an array has heads, as a `Dense` mask does that has a dim in front of T and S, leading dims of others are the
+    batch, unless there is one more of them; where none has, all are taken for the batch.
     """
     parts = jax.tree.leaves(mask, is_leaf=_is_single)
-    heads = [np.ndim(part.array) - 3 for part in parts if isinstance(part, Dense) and np.ndim(part.array) >= 3]
+    of_axes = [(part, np.shape(array), own) for part in parts for array, own in part.of_axes()]
+    heads = [len(shape) - len(own) for _, shape, own in of_axes if "N" in own and len(shape) >= len(own)]
     lead: list[tuple[int, ...]] = []
     owners: list[Mask] = []
-    for part in parts:
-        for name, axes in part.axes.items():
-            shape, own = np.shape(getattr(part, name)), len(axes.replace("N", ""))
-            dims = shape[: max(len(shape) - own, 0)]
-            lead.append((*dims, 1) if heads and len(dims) <= max(heads) else dims)
-            owners.append(part)
+    for part, shape, own in of_axes:
+        dims = shape[: max(len(shape) - len(own.replace("N", "")), 0)]
+        lead.append((*dims, 1) if heads and "N" not in own and len(dims) <= max(*heads, 1) else dims)
+        owners.append(part)
     try:
         whole = np.broadcast_shapes(*lead)
     except ValueError as error:

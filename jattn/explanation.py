@@ -19,6 +19,7 @@ class Explanation(NamedTuple):
     """What `attention` would run, and why; `print` it."""
 
     implementation: str
+    sizes: dict[str, Any]  # what was taken for the batch, T, S, N, K, H and V
     block_sizes: tuple[int, ...]  # along [*B, K, G, T, S]
     empty: float | None  # share of the blocks; None where arrays decide that are not given
     partial: float | None
@@ -33,6 +34,7 @@ class Explanation(NamedTuple):
             shares = f"{self.empty:.1%} empty, {self.partial:.1%} partial, {self.full:.1%} full"
         lines = [
             f"implementation  {self.implementation}",
+            f"sizes           {', '.join(f'{name}={size}' for name, size in self.sizes.items())}",
             f"block sizes     {list(self.block_sizes)} along [*B, K, G, T, S]",
             f"blocks          {shares}",
             f"flops           {self.flops:.4g}",
@@ -82,6 +84,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
     memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()
     return Explanation(
         implementation=told.taken.name,
+        sizes=_named(told.sizes, arrays[0].shape[-1], arrays[2].shape[-1]),
         block_sizes=tuple(max(size, 1) for size in told.blocks),
         empty=empty,
         partial=partial,
@@ -90,6 +93,11 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         temp_bytes=int(memory.temp_size_in_bytes),
         reasons=told.reasons,
     )
+
+
+def _named(sizes: tuple[Any, ...], H: Any, V: Any) -> dict[str, Any]:
+    *batch, K, G, T, S = sizes
+    return {"batch": (*batch,), "T": T, "S": S, "N": K * G, "K": K, "H": H, "V": V}
 
 
 class _Found(NamedTuple):

@@ -9,12 +9,14 @@ is `fitted` to the one order in which it is computed.
 """
 
 import dataclasses
+import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jattn import checks
@@ -181,6 +183,94 @@ def _cut_within_loop(array: Any, start: Any, barrier: bool) -> tuple[Any, Any]:
     # do so before the loop; the barrier says that it is not.
     narrow = barrier and checks.is_narrow(array)
     return lax.optimization_barrier((array, start)) if narrow else (array, start)
+
+
+def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bool = False) -> Lettered:
+    """Names the axes of an array, which is aligned right with `[..., *own_axes]`; what it lacks or has as 1 broadcasts.
+
+    Without N among its own axes it may have one more dim than the batch has, which is N, in front of them. ValueError
+    if it does not fit, or if it does without N too.
+
+    Args:
+      own_axes: some of "NTS", then a small letter for each axis that is the array's alone.
+      keep_integers: takes integers as they come, and not as int32, as positions are.
+    """
+    array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
+    named = own_axes.rstrip(string.ascii_lowercase)
+    shape = np.shape(array)[: max(np.ndim(array) - len(own_axes) + len(named), 0)]
+    split = max(len(shape) - len(named), 0)
+    lead, own = axes.batch[len(axes.batch) - split :], named[len(named) - (len(shape) - split) :]
+    if split == len(axes.batch) + 1 and "N" not in named:
+        lead, own = axes.batch, "N" + own
+    letters = lead + own
+    if len(letters) != len(shape) or not _fits(shape, letters, axes):
+        N = axes["K"] * axes["G"]
+        heads = "" if "N" in named else f", or with one more leading dim for the N={N} heads"
+        wanted = ", ".join(
+            ["..."] + [f"{a}={N if a == 'N' else axes[a]} or 1" for a in named] + [*own_axes[len(named) :]]
+        )
+        raise ValueError(
+            f"{name} must be [{wanted}] with batch dims ...={axes.shape(axes.batch)}{heads}; "
+            f"got shape {np.shape(array)}"
+        )
+    if "N" in named and len(named) > 1:
+        refuse_two_readings(name, shape, named, axes)
+    if jnp.issubdtype(array.dtype, jnp.integer) and not keep_integers:
+        array = checks.int32(name, array)  # as positions are
+    sizes: list[Any] = []
+    for letter, size in zip(letters, shape, strict=True):
+        parted = (1, 1) if is_one(size) else axes.shape("KG")
+        sizes += parted if letter == "N" else [size]
+    return Lettered.bare(array.reshape((*sizes, *array.shape[len(shape) :])), letters.replace("N", "KG"))
+
+
+def lettered_leaves(tree: Any, letters: Sequence[str | None], axes: Axes, name: str) -> Any:
+    """Names the axes of each leaf of a pytree; one whose letters are None belongs to none."""
+    leaves, structure = jax.tree.flatten(tree)
+    each = zip(leaves, letters, strict=True)
+    done = [whole(leaf) if own is None else lettered(leaf, own, axes, name, keep_integers=True) for leaf, own in each]
+    return jax.tree.unflatten(structure, done)
+
+
+def letters_of_leaves(tree: Any, axes: Any, name: str) -> tuple[str | None, ...]:
+    """Returns the letters of each leaf, from a pytree of letters that has the tree's structure, as far as it goes."""
+    try:
+        each = jax.tree.broadcast(axes, tree, is_leaf=lambda leaf: leaf is None)
+    except ValueError as error:
+        raise ValueError(f"{name} axes must be letters, or a tree of them as that of its arrays: {error}") from error
+    letters = tuple(jax.tree.leaves(each, is_leaf=lambda leaf: leaf is None))
+    for own in letters:
+        if own is not None and not (isinstance(own, str) and re.fullmatch("N?T?S?[a-z]*", own)):
+            raise ValueError(
+                f'{name} axes must be some of "NTS" in this order, then small letters, or None, got {own!r}'
+            )
+    return letters
+
+
+def whole(leaf: Any) -> Lettered:
+    """An array that belongs to no axis."""
+    return Lettered(jnp.asarray(leaf), "", WHOLE)
+
+
+def _fits(shape: Sequence[Any], letters: str, axes: Axes) -> bool:
+    full = [axes["K"] * axes["G"] if letter == "N" else axes[letter] for letter in letters]
+    return all(size in (1, n) for size, n in zip(shape, full, strict=True))
+
+
+def refuse_two_readings(name: str, shape: Sequence[Any], named: str, axes: Axes) -> None:
+    """ValueError where an array that fits `[..., *named]`, N being among them, fits as one of examples without N too."""
+    rest = named.replace("N", "")
+    lead = len(shape) - len(rest)
+    if not 0 < lead <= len(axes.batch) or all(map(is_one, shape[:lead])):
+        return
+    batch = axes.batch[len(axes.batch) - lead :]
+    if _fits(shape, batch + rest, axes) and _fits(shape, batch[1:] + "N" + rest, axes):
+        some = ["B"] * (lead - 1)
+        raise ValueError(
+            f"{name} of shape {list(shape)} fits in two ways, because the batch {list(axes.shape(axes.batch))} agrees "
+            f"with N={axes['K'] * axes['G']}: write [{', '.join(['1', *some, *named])}] for heads, or "
+            f"[{', '.join(['B', *some, '1', *rest])}] for examples"
+        )
 
 
 def fit(array: Any, letters: str, order: str) -> Any:

@@ -8,11 +8,11 @@ A mask is a predicate of positions, `(q_pos, kv_pos) -> bool`, True where attend
                                                                   ███·
                                                                   ████
 
-Arrays that masks carry have the batch dims in front, aligned right. One more leading dim than the batch has is the
-heads. Arrays are dynamic: new arrays do not recompile. Integers in them, but ids of segments, are taken as int32 and
-must fit in it. Ints are static: they decide while tracing which blocks are empty. Arrays decide it while running, on a
-CPU, where examples and heads are gone through one by one, those of `vmap` too. Where several devices would have to
-agree on it, a block is masked and not skipped.
+Arrays that masks carry are aligned right with the shapes given here; what they lack or have as 1 broadcasts. Where the
+shape has no N, one more leading dim than the batch has is the heads. Arrays are dynamic: new arrays do not recompile.
+Integers in them, but ids of segments, are taken as int32 and must fit in it. Ints are static: they decide while tracing
+which blocks are empty. Arrays decide it while running, on a CPU, where examples and heads are gone through one by one,
+those of `vmap` too. Where several devices would have to agree on it, a block is masked and not skipped.
 """
 
 import math
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import checks
+from jattn import checks, letters
 from jattn.algebra import UNKNOWN
 from jattn.algebra import And as And
 from jattn.algebra import Dense as Dense
@@ -64,7 +64,7 @@ class Window(Mask):
         ··██                 ···█                 ████
 
     Args:
-      left: int, or an int array `[...]`, >= 0; None is open.
+      left: int, or an int array `[...]` or `[..., N]`, >= 0; None is open.
       right: likewise.
     """
 
@@ -79,6 +79,11 @@ class Window(Mask):
             known = isinstance(value, np.ndarray | np.integer | jax.Array) and not isinstance(value, jax.core.Tracer)
             if known and (np.asarray(value) < 0).any():
                 raise ValueError(f"Window {name} must be at least 0, got {np.min(value)}")
+
+    def lettered(self, axes: Axes) -> "Window":
+        for name in ("left", "right"):
+            letters.refuse_two_readings(f"Window {name}", np.shape(getattr(self, name)), "N", axes)
+        return super().lettered(axes)
 
     def simplified(self) -> Mask:
         return Full() if self.left is None and self.right is None else self
@@ -296,18 +301,26 @@ class Function(Mask):
     Args:
       fn: elementwise in int32 positions that broadcast against one another. Equal functions do not recompile; a fresh
         lambda does.
-      args: arrays or pytrees of arrays, handed to `fn` whole. No gradient flows into them.
+      args: arrays or pytrees of arrays. No gradient flows into them.
+      axes: which axes arrays have, for all or, as a tuple, for each of `args`; see `scores.Function`.
     """
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
+    letters: tuple[str | None, ...]
     payload: ClassVar[tuple[str, ...]] = ("args",)
 
-    def __init__(self, fn: Callable[..., Any], *args: Any) -> None:
+    def __init__(self, fn: Callable[..., Any], *args: Any, axes: Any = None) -> None:
         if not callable(fn):
             raise TypeError(f"Function fn must be callable, fn(q_pos, kv_pos, *args), got {fn!r}")
-        object.__setattr__(self, "fn", fn)
-        object.__setattr__(self, "args", args)
+        _set(self, fn=fn, args=args, letters=letters.letters_of_leaves(args, axes, "Function"))
+
+    def of_axes(self) -> list[tuple[Any, str]]:
+        each = zip(jax.tree.leaves(self.args), self.letters, strict=True)
+        return [(array, own) for array, own in each if own is not None]
+
+    def lettered(self, axes: Axes) -> "Function":
+        return self.replace(args=letters.lettered_leaves(self.args, self.letters, axes, "Function args"))
 
     def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         return self  # whatever the arguments are

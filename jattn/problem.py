@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 
 from jattn import algebra, checks, letters, scores, softmax
 from jattn.intervals import Interval
-from jattn.letters import KEYS, ROWS, Axes, Lettered, Order
+from jattn.letters import KEYS, ROWS, Axes, Lettered, Order, lettered
 from jattn.scores import Dropout, Modifier, Sink, as_scores
 from jattn.softmax import Running
 from jattn.target import Target
-from jattn.values import Value, lettered
+from jattn.values import Value
 
 _ValueT = TypeVar("_ValueT", bound=Value)
 

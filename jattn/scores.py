@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import threefry2x32_p
 
-from jattn import checks, values
+from jattn import checks, letters, values
 from jattn.letters import Axes, Lettered
 from jattn.values import Value
 
@@ -60,7 +61,7 @@ class SoftCap(Modifier):
     """Bounds the scores smoothly: cap * tanh(s / cap). Gemma 2, 2024 (arXiv:2408.00118).
 
     Args:
-      cap: a positive float, or a floating array `[...]` that can be learned.
+      cap: a positive float, or a floating array `[...]` or `[..., N]` that can be learned.
     """
 
     cap: Any
@@ -73,6 +74,10 @@ class SoftCap(Modifier):
                 raise ValueError(f"SoftCap cap must be positive and finite, got {self.cap}")
         else:
             _floating("SoftCap cap", self.cap)
+
+    def lettered(self, axes: Axes) -> "SoftCap":
+        letters.refuse_two_readings("SoftCap cap", np.shape(self.cap), "N", axes)
+        return super().lettered(axes)
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         cap = jnp.asarray(self.cap, score.dtype)
@@ -194,16 +199,31 @@ class Function(Modifier):
       fn: elementwise in a float32 (or wider) score and int32 positions that broadcast against it, differentiable
         and finite, where the mask allows nothing too: 0 times a derivative of NaN is NaN. Equal functions do not
         recompile; a fresh lambda does.
-      params: a pytree of arrays, handed to `fn` whole and differentiated.
+      params: a pytree of arrays, which are differentiated.
+      axes: which axes each array has behind its leading dims, which are the batch: some of "NTS", such as "N" for one
+        number for each head, "" for one for each example; then a small letter for each axis of its own, such as "NTr".
+        Blocks are cut from it, and come to `fn` as they broadcast against the score, their own axes last. One string
+        for all, or a tree of them, as that of `params` or a part of it. None: it belongs to no axis and comes whole.
     """
 
     fn: Callable[..., Any]
-    params: Any = ()
+    params: Any
+    letters: tuple[str | None, ...]
     payload: ClassVar[tuple[str, ...]] = ("params",)
 
-    def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise TypeError(f"Function fn must be callable, fn(score, q_pos, kv_pos, params), got {self.fn!r}")
+    def __init__(self, fn: Callable[..., Any], params: Any = (), *, axes: Any = None) -> None:
+        if not callable(fn):
+            raise TypeError(f"Function fn must be callable, fn(score, q_pos, kv_pos, params), got {fn!r}")
+        fields = dict(fn=fn, params=params, letters=letters.letters_of_leaves(params, axes, "Function"))
+        for name, field in fields.items():
+            object.__setattr__(self, name, field)
+
+    def of_axes(self) -> list[tuple[Any, str]]:
+        each = zip(jax.tree.leaves(self.params), self.letters, strict=True)
+        return [(array, own) for array, own in each if own is not None]
+
+    def lettered(self, axes: Axes) -> "Function":
+        return self.replace(params=letters.lettered_leaves(self.params, self.letters, axes, "Function params"))
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         changed: jax.Array = self.fn(score, q_pos, kv_pos, self.params)

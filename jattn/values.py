@@ -14,10 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn import checks, closures
-from jattn.letters import WHOLE, Axes, Lettered
-
-Array = jax.Array | np.ndarray
+from jattn import closures, letters
+from jattn.letters import Axes
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -25,7 +23,8 @@ class Value:
     """A frozen value that is compared by content and is a pytree.
 
     A subclass declares dataclass fields. Those named in `axes` carry arrays, with the axes that each has behind its
-    leading dims (a subset of "NTS"); those named in `payload` carry pytrees that belong to no axis.
+    leading dims: some of "NTS", then a small letter for each of its own; those named in `payload` carry pytrees that
+    belong to no axis.
     """
 
     axes: ClassVar[dict[str, str]] = {}
@@ -80,21 +79,21 @@ class Value:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(_show, self.fields().values()))})"
 
-    def lettered(self, axes: Axes) -> Self:
-        """Returns the value with letters on its arrays, for a problem with these axes.
+    def of_axes(self) -> list[tuple[Any, str]]:
+        """The arrays that belong to axes, each with those that it has behind its leading dims."""
+        return [(getattr(self, name), own) for name, own in self.axes.items()]
 
-        The leading dims of an array are the batch dims, aligned right; one more than the batch has is a head axis.
-        ValueError if an array does not fit.
-        """
+    def lettered(self, axes: Axes) -> Self:
+        """Returns the value with letters on its arrays, for a problem with these axes; see `letters.lettered`."""
         static = self.static()
         changes = {name: self._lettered(name, x, axes) for name, x in self.fields().items() if name not in static}
         return self.replace(**changes) if changes else self
 
     def _lettered(self, name: str, field: Any, axes: Axes) -> Any:
         if name in self.payload:
-            return jax.tree.map(lambda leaf: Lettered(jnp.asarray(leaf), "", WHOLE), field)
+            return jax.tree.map(letters.whole, field)
         if name in self.axes:
-            return lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}", self.ids)
+            return letters.lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}", self.ids)
         parts, tree = jax.tree.flatten(field, is_leaf=lambda leaf: isinstance(leaf, Value))
         if not all(isinstance(part, Value) for part in parts):
             raise TypeError(
@@ -135,7 +134,7 @@ class Opened(Value):
         if not calls_functions(value):
             return value
         parts, captured = closures.emptied((value.static(), type(value).__call__))
-        if not value.axes:  # else its arrays have no shape yet in which it could be called
+        if not value.of_axes():  # else its arrays have no shape yet in which it could be called
             leaves, tree = jax.tree.flatten(value)
             elements = [jax.ShapeDtypeStruct((1, 1), dtype) for dtype in dtypes]
 
@@ -149,32 +148,6 @@ class Opened(Value):
         """Returns what the value gives, called with the arrays in their places."""
         fields, call = closures.filled((self.value.static(), self.call), self.captured)
         return call(self.value.replace(**fields), *args)
-
-
-def lettered(array: Array, own_axes: str, axes: Axes, name: str, keep_integers: bool = False) -> Lettered:
-    """Names the axes of an array `[*lead, *own_axes]`, whose own axes may be fewer: they broadcast."""
-    array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
-    N = axes["K"] * axes["G"]
-    shape = np.shape(array)
-    split = max(len(shape) - len(own_axes), 0)
-    lead, own = axes.batch[len(axes.batch) - split :], own_axes[len(own_axes) - (len(shape) - split) :]
-    if split == len(axes.batch) + 1 and "N" not in own_axes:
-        lead, own = axes.batch, "N" + own
-    letters = lead + own
-    full = [N if letter == "N" else axes[letter] for letter in letters]
-    if len(letters) != len(shape) or any(size not in (1, n) for size, n in zip(shape, full, strict=True)):
-        heads = "" if "N" in own_axes else f", or with one more leading dim for the N={N} heads"
-        wanted = ", ".join(["..."] + [f"{a}={N if a == 'N' else axes[a]} or 1" for a in own_axes])
-        raise ValueError(
-            f"{name} must be [{wanted}] with batch dims ...={axes.shape(axes.batch)}{heads}; got shape {shape}"
-        )
-    if jnp.issubdtype(array.dtype, jnp.integer) and not keep_integers:
-        array = checks.int32(name, array)  # as positions are
-    sizes: list[Any] = []
-    for letter, size in zip(letters, shape, strict=True):
-        parted = axes.shape("KG") if size == N else (1, 1)
-        sizes += parted if letter == "N" else [size]
-    return Lettered.bare(array.reshape(sizes), letters.replace("N", "KG"))
 
 
 def calls_functions(value: Any) -> bool:

@@ -29,6 +29,24 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/letters.py",
+        'if _fits(shape, batch + rest, axes) and _fits(shape, batch[1:] + "N" + rest, axes):',
+        "if False:",
+        ("test_axes.py::test_what_fits_heads_and_examples_is_refused",),
+    ),
+    Mutant(
+        "jattn/algebra.py",
+        "return lambda q_pos, kv_pos: UNKNOWN  # arrays",
+        "pass  # arrays",
+        ("test_axes.py::test_a_mask_class_with_an_axis_of_its_own",),
+    ),
+    Mutant(
+        "jattn/intervals.py",
+        "return Interval(xp.where(turns, 0, self.lo % divisor), xp.where(turns, divisor - 1, self.hi % divisor))",
+        "return Interval(self.lo % divisor, self.hi % divisor)",
+        (f"{MASKS}::test_blocks_of_a_pair_tell_the_truth",),
+    ),
+    Mutant(
         "jattn/algebra.py",
         "return (q_pos >= 0) & (kv_pos >= 0)",
         "return kv_pos >= 0",
@@ -213,7 +231,7 @@ MUTANTS = [
         ("test_attention.py::test_plain",),
     ),
     Mutant(
-        "jattn/values.py",
+        "jattn/letters.py",
         'lead, own = axes.batch, "N" + own',
         "lead, own = axes.batch, own",
         (

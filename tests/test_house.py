@@ -132,7 +132,7 @@ def test_the_library_stays_small():
     size = {name: len(code_lines(name)) for name in FILES}
     apart = ("plot", "__main__", "rule", "operations", "autodiff")
     core = [name for name in FILES if name not in apart and not name.startswith(("implementations/", "tour/"))]
-    assert sum(size[name] for name in core) <= 2100, size
+    assert sum(size[name] for name in core) <= 2300, size
     assert max(size.values()) <= 300, size
     assert max(size["rule"], size["operations"], size["autodiff"]) <= 250, size
 
