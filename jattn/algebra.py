@@ -71,8 +71,6 @@ class Mask(Value):
 
         A mask of one's own may do with positions what intervals cannot: then nothing is known of a block.
         """
-        if any(own != own.upper() for own in self.axes.values()):
-            return lambda q_pos, kv_pos: UNKNOWN  # arrays with axes of their own are no bounds of a block
         read: Mask = jax.tree.map(interval, self)
         if not values.is_foreign(self):
             return read

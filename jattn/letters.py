@@ -258,7 +258,7 @@ def _fits(shape: Sequence[Any], letters: str, axes: Axes) -> bool:
 
 
 def refuse_two_readings(name: str, shape: Sequence[Any], named: str, axes: Axes) -> None:
-    """ValueError where an array that fits `[..., *named]`, N being among them, fits as one of examples without N too."""
+    """ValueError where an array that fits `[..., *named]`, with N among them, fits as one of examples without N too."""
     rest = named.replace("N", "")
     lead = len(shape) - len(rest)
     if not 0 < lead <= len(axes.batch) or all(map(is_one, shape[:lead])):

@@ -35,12 +35,6 @@ MUTANTS = [
         ("test_axes.py::test_what_fits_heads_and_examples_is_refused",),
     ),
     Mutant(
-        "jattn/algebra.py",
-        "return lambda q_pos, kv_pos: UNKNOWN  # arrays",
-        "pass  # arrays",
-        ("test_axes.py::test_a_mask_class_with_an_axis_of_its_own",),
-    ),
-    Mutant(
         "jattn/intervals.py",
         "return Interval(xp.where(turns, 0, self.lo % divisor), xp.where(turns, divisor - 1, self.hi % divisor))",
         "return Interval(self.lo % divisor, self.hi % divisor)",

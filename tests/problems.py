@@ -18,7 +18,7 @@ from tests import cases, naive
 from tests.cases import Case
 
 HEADS = {"mha": {"N": 2, "K": 2}, "gqa": {"N": 6, "K": 3}, "mqa": {"N": 3, "K": 1}}
-BATCHES = {"single": (), "batch": (3,), "batches": (2, 1)}
+BATCHES = {"single": (), "batch": (5,), "batches": (2, 1)}
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 SHAPES = {  # no length is a multiple of its block, no value is as wide as its key
     "square": {"T": 13, "S": 13, "H": 3, "V": 5},
