@@ -29,6 +29,12 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/rule.py",
+        "moves = jnp.where(_is_all(e, total[..., None]), 0, de)",
+        "moves = de",
+        (f"{C}::test_c1_a_query_of_one_key_moves_with_nothing",),
+    ),
+    Mutant(
         "jattn/letters.py",
         'if _fits(shape, batch + rest, axes) and _fits(shape, batch[1:] + "N" + rest, axes):',
         "if False:",
@@ -48,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/rule.py",
-        "return jnp.where((at.l == 1) & (at.m == logits), 0, dl)",
-        "return dl",
+        "shared + jnp.where(_is_all(e, total), 0, e * dsink)",
+        "shared + e * dsink",
         (f"{C}::test_c1_whatever_the_cotangent_of_a_row_without_keys_holds",),
     ),
     Mutant(
@@ -281,7 +287,7 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/rule.py",
-        "dout = (do - at.o * _of_keys(problem, at, dl)[..., None]) / jnp.where(answered, at.l, 1)[..., None]",
+        "dout = (do - at.o * shared[..., None]) / jnp.where(answered, at.l, 1)[..., None]",
         "dout = do / jnp.where(answered, at.l, 1)[..., None]",
         (f"{A}::test_a9_derivatives_under_every_mask",),
     ),
@@ -293,8 +299,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/rule.py",
-        "dl = dl + jnp.exp(sink - shift) * dsink",
-        "dl = dl",
+        "e = jnp.exp(sink - shift)",
+        "e = jnp.zeros_like(shift)",
         (f"{A}::test_a10_sink_has_a_gradient",),
     ),
     Mutant(

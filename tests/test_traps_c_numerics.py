@@ -450,3 +450,43 @@ def test_dtypes_that_differ_are_widened_to_the_widest(implementation, of_q, of_k
     for got, right in zip((out, *gradients), (wanted, *exact), strict=True):
         places = max(tol, 2.0 ** -jnp.finfo(got.dtype).nmant)
         np.testing.assert_allclose(got.astype(jnp.float32), right, rtol=places, atol=places)
+
+
+@both
+@pytest.mark.parametrize("name", ["alone", "dropped", "capped", "cached"])
+def test_c1_a_query_of_one_key_moves_with_nothing(implementation, name):
+    """Its weight is 1, whatever the score: exactly, in both modes and to second order. Its lse moves with the score."""
+    rng = np.random.default_rng(5)
+    T = 1 if name == "cached" else S
+    q, k, v = (rng.normal(size=(2, n, h, 16)).astype(np.float32) for n, h in ((T, N), (S, 2), (S, 2)))
+    direction, ct = (rng.normal(size=(2, T, N, 16)).astype(np.float32) for _ in range(2))
+    options = {
+        "alone": dict(mask=masks.Window(0, 0)),
+        "dropped": dict(
+            mask=masks.Segments(np.arange(S, dtype=np.int32)), dropout=jattn.Dropout(0.5, jax.random.key(1))
+        ),
+        "capped": dict(mask=masks.Causal() & masks.Chunks(1), scores=scores.SoftCap(2.0)),
+        "cached": dict(mask=masks.Lengths(kv=i32(1))),
+    }[name]
+
+    @jax.jit
+    def run(q, k):
+        def f(q, k):
+            out, lse = jattn.attention_with_lse(q, k, v, implementation=implementation, **options)
+            return (out * ct).sum(), lse
+
+        gradient = jax.grad(lambda q, k: f(q, k)[0], (0, 1))
+        out = lambda q: f(q, k)[0]  # noqa: E731
+        moved = jax.jvp(out, (q,), (direction,))[1]
+        return (
+            gradient(q, k),
+            moved,
+            jax.jvp(lambda q: gradient(q, k), (q,), (direction,))[1],
+            jax.grad(lambda q: f(q, k)[1].sum())(q),
+        )
+
+    *zeros, of_lse = run(q, k)
+    for leaf in jax.tree.leaves(zeros):
+        np.testing.assert_array_equal(leaf, 0)
+    if name != "capped":
+        np.testing.assert_allclose(of_lse, np.repeat(k[:, :T], N // 2, 2) / 4, rtol=1e-5, atol=1e-6)
