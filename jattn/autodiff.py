@@ -9,6 +9,7 @@ Policies can name what the backward pass needs: "jattn_out" and "jattn_lse".
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -49,11 +50,28 @@ def _compute(*args: jax.Array, operation: Operation, where: Target) -> list[jax.
 
 
 def _lower(platform: str | None) -> Any:
-    def run(*args: jax.Array, operation: Operation) -> list[jax.Array]:
-        results: list[jax.Array] = _compute(*args, operation=operation, where=operation.where.on(platform))
-        return results
+    def rule(context: mlir.LoweringRuleContext, *args: Any, operation: Operation) -> Any:
+        where = operation.where.on(platform, _devices(context.module_context.axis_context))
 
-    return mlir.lower_fun(run, multiple_results=True)
+        def run(*args: jax.Array) -> list[jax.Array]:
+            results: list[jax.Array] = _compute(*args, operation=operation, where=where)
+            return results
+
+        return mlir.lower_fun(run, multiple_results=True)(context, *args)
+
+    return rule
+
+
+def _devices(context: Any) -> int | None:
+    """Among how many devices a program is to be parted, as JAX lowers it; None where it does not say so.
+
+    That may be fewer than there are: those of its arguments or, in `shard_map`, those along other axes of the mesh.
+    """
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        devices: int | None = getattr(context, "num_devices", None)
+        return devices
+    return math.prod(int(size) for name, size in mesh.shape.items() if name not in context.manual_axes)
 
 
 def _evaluate(*args: jax.Array, operation: Operation) -> list[jax.Array]:

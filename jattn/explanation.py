@@ -64,10 +64,11 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         return attention_with_lse(query, key, value, implementation=implementation, **options)
 
     found: list[_Found] = []
+    where = target.now().on(None, _devices(arrays))
 
     def look(*arrays: Any) -> list[jax.Array] | None:
         query, key, value, options = rebuild(arrays)
-        problem, where = lay_out(*operands(query, key, value), options), target.now()
+        problem = lay_out(*operands(query, key, value), options)
         taken, reasons = choose(problem, where, named(implementation))
         plan = taken.plan(problem, where)
         known = static_kinds(plan, problem, problem.mask)
@@ -98,6 +99,14 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 def _named(sizes: tuple[Any, ...], H: Any, V: Any) -> dict[str, Any]:
     *batch, K, G, T, S = sizes
     return {"batch": (*batch,), "T": T, "S": S, "N": K * G, "K": K, "H": H, "V": V}
+
+
+def _devices(arrays: list[Any]) -> int | None:
+    """Over how many devices arrays are spread; None where they are being traced, so that nobody knows."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return None
+    spread = [getattr(array, "sharding", None) for array in arrays]
+    return max([1, *(len(sharding.device_set) for sharding in spread if sharding is not None)])
 
 
 class _Found(NamedTuple):

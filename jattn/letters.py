@@ -124,22 +124,27 @@ class Lettered:
         """Returns the array with the axes of a block, 1 where it has none; what goes whole as it is."""
         return self.array if self.fits == WHOLE else fit(self.array, self.letters, order.of(self.fits))
 
-    def slice(self, axis: str, start: Any, size: int, *, barrier: bool = False) -> "Lettered":
-        """Returns the part of an axis from `start` on. A batch or head axis cut to 1 has no letter any more.
+    def slice(self, starts: dict[str, Any], blocks: Axes, *, barrier: bool = False) -> "Lettered":
+        """Returns the block of some axes from `starts` on. A batch or head axis cut to 1 has no letter any more.
 
         Args:
           barrier: keeps a narrow array narrow outside of the loop that cuts it.
         """
-        if axis not in self.letters:
+        cut = {self.letters.index(axis): (axis, start) for axis, start in starts.items() if axis in self.letters}
+        if not cut:
             return self
-        at, array = self.letters.index(axis), self.array
-        letters = within(self.letters, axis, size)
-        if array.shape[at] == 0:  # a loop that runs no times asks for this
-            shape = (*array.shape[:at], *((size,) if axis in letters else ()), *array.shape[at + 1 :])
-            return self.replace(jnp.zeros(shape, array.dtype), letters)
-        array, start = _cut_within_loop(array, start, barrier)
-        part = lax.dynamic_slice_in_dim(array, start, size, at, allow_negative_indices=False)
-        return self.replace(part if letters == self.letters else lax.squeeze(part, [at]), letters)
+        array, letters = self.array, self.letters
+        for axis, _ in cut.values():
+            letters = within(letters, axis, blocks[axis])
+        gone = [at for at, (axis, _) in cut.items() if axis not in letters]
+        shape = [blocks[cut[at][0]] if at in cut else size for at, size in enumerate(array.shape)]
+        if any(array.shape[at] == 0 for at in cut):  # a loop that runs no times asks for this
+            part = jnp.zeros(shape, array.dtype)
+        else:
+            indices = [cut[at][1] if at in cut else np.int32(0) for at in range(array.ndim)]
+            array, indices = _cut_within_loop(array, indices, barrier)
+            part = lax.dynamic_slice(array, indices, shape, allow_negative_indices=False)
+        return self.replace(lax.squeeze(part, gone) if gone else part, letters)
 
     def pieces(self, axis: str, block: int) -> Any:
         """Returns all the blocks of an axis, `[blocks, ..., block, ...]`; a batch or head axis cut to 1 is gone."""
@@ -168,11 +173,11 @@ class Lettered:
         widths = [(0, -(-size // block) * block - size if i == at else 0) for i in range(array.ndim)]
         return self.replace(jnp.pad(array, widths) if zero else jnp.pad(array, widths, mode="edge"))
 
-    def rows(self, start: Any, block: int, *, barrier: bool) -> "Lettered":
+    def rows(self, start: Any, blocks: Axes, *, barrier: bool) -> "Lettered":
         """Returns a block of rows T, the last row repeated behind the end. The array stays where it is, uncopied."""
-        size, array = self.size("T"), self.array
+        size, array, block = self.size("T"), self.array, blocks["T"]
         if isinstance(size, int) and size % block == 0:
-            return self.slice("T", start, block, barrier=barrier)
+            return self.slice({"T": start}, blocks, barrier=barrier)
         array, start = _cut_within_loop(array, start, barrier)
         index = jnp.minimum(start + jnp.arange(block, dtype=jnp.int32), size - 1)
         return self.replace(jnp.take(array, index, axis=self.letters.index("T"), mode="clip"))

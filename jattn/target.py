@@ -21,9 +21,9 @@ class Target(NamedTuple):
         """Whether loops over heads and examples pay, and nothing narrower than float32 is multiplied faster."""
         return self.platform == "cpu"
 
-    def on(self, platform: str | None) -> "Target":
-        """Returns the target for which JAX lowers: the same, but on `platform`, where JAX names one."""
-        return self if platform is None else self._replace(platform=platform)
+    def on(self, platform: str | None, devices: int | None) -> "Target":
+        """Returns the target for which JAX lowers: on `platform` and so many devices, where it says so."""
+        return Target(platform or self.platform, devices or self.devices)
 
 
 def now() -> Target:

@@ -29,6 +29,24 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/autodiff.py",
+        "where = operation.where.on(platform, _devices(context.module_context.axis_context))",
+        "where = operation.where.on(platform, None)",
+        ("test_memory.py::test_decoding_a_batch_takes_what_one_example_takes",),
+    ),
+    Mutant(
+        "jattn/implementations/loops.py",
+        "if not directions and problem.axes.are_known:",
+        "if False:",
+        ("test_memory.py::test_decoding_a_batch_takes_what_one_example_takes",),
+    ),
+    Mutant(
+        "jattn/implementations/loops.py",
+        "starts[axis] = i % count * blocks[axis]",
+        "starts[axis] = i % count",
+        ("test_memory.py::test_batch_and_heads_in_one_loop",),
+    ),
+    Mutant(
         "jattn/rule.py",
         "moves = jnp.where(_is_all(e, total[..., None]), 0, de)",
         "moves = de",
@@ -329,8 +347,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/autodiff.py",
-        "operation=operation, where=operation.where.on(platform))",
-        "operation=operation, where=operation.where)",
+        "where = operation.where.on(platform, ",
+        "where = operation.where.on(None, ",
         ("test_accelerators.py::test_the_platform_is_asked_for_and_lowered_for",),
     ),
 ]

@@ -19,7 +19,7 @@ GPU = Target("cuda", 1)
 def on_a_gpu(monkeypatch):
     """One device that is taken for a GPU. The target is part of every program, so no cache mixes it up with others."""
     monkeypatch.setattr(target, "now", lambda: GPU)
-    monkeypatch.setattr(Target, "on", lambda self, platform: self)
+    monkeypatch.setattr(Target, "on", lambda self, platform, devices: self)
 
 
 MODES = {
@@ -60,7 +60,6 @@ def test_the_platform_is_asked_for_and_lowered_for(monkeypatch):
         text = jax.export.export(jax.jit(f), platforms=platforms)(q).mlir_module()
         return text.count("stablehlo.while"), "stablehlo.case" in text
 
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     (cpu, _), (cuda, _), (both, chosen) = loops("cpu"), loops("cuda"), loops("cpu", "cuda")
     assert cuda < cpu  # all heads and examples go together there
     assert chosen and both == cpu + cuda

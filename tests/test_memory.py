@@ -7,10 +7,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jattn
-from jattn import masks
+from jattn import masks, scores
 from jattn.autodiff import attention_p
 from jattn.operations import Attend
 from tests import cases, modes, problems, written
@@ -35,12 +36,6 @@ def grown(tree, T):
 OPTIONS = {"xla_backend_optimization_level": 0}
 if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
     OPTIONS["xla_cpu_use_fusion_emitters"] = True
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """On several devices heads might be sharded, so they are not looped over, and all are in memory at once."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def temp_bytes(f, *args):
@@ -272,3 +267,52 @@ def test_a_policy_that_names_the_residuals_attends_once():
 
     assert attends(POLICIES["named"]) == 1
     assert attends(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "narrow cache", "lengths", "offsets"])
+def test_decoding_a_batch_takes_what_one_example_takes(name):
+    """Of several examples none is copied for the loop over its heads; nor are all, because there are other devices."""
+    dtype = jnp.float32 if name in ("float32", "narrow cache") else jnp.bfloat16
+
+    def temp(B):
+        q = jax.ShapeDtypeStruct((B, 1, 8, 64), dtype)
+        cache = jax.ShapeDtypeStruct((B, 8192, 8, 64), jnp.bfloat16 if name == "narrow cache" else dtype)
+        number = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+        def f(q, k, v, n):
+            options = {"lengths": dict(mask=masks.Lengths(kv=n)), "offsets": dict(mask=masks.Causal(), q_offset=n)}
+            return jattn.attention(q, k, v, **options.get(name, {}))
+
+        return temp_bytes(f, q, cache, cache, number)
+
+    one = temp(1)
+    assert one < 5 * 2**20  # the keys and values of one head, as wide as sums
+    assert temp(4) < one + 2**17
+
+
+def test_each_device_of_a_shard_map_is_alone():
+    """Heads are looped over in it: its devices share nothing that a loop could gather."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k = (jax.ShapeDtypeStruct((8, n, 8, 64), jnp.float32) for n in (1, 8192))
+
+    def f(q, k, v):
+        each = jax.shard_map(jattn.attention, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"))
+        return each(q, k, v)
+
+    assert temp_bytes(f, q, k, k) < 5 * 2**20
+
+
+def test_batch_and_heads_in_one_loop():
+    """Several batch dims and heads, blocks of several of them, and axes that operands lack."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 3, 40, 6, 8)).astype(np.float32)
+    k, v = (rng.normal(size=(2, 3, 40, 2, 8)).astype(np.float32) for _ in range(2))
+    bias, slopes = rng.normal(size=(3, 6, 1, 40)).astype(np.float32), rng.normal(size=6).astype(np.float32)
+    options = dict(
+        mask=masks.Lengths(kv=np.asarray([[7], [40]], np.int32)), scores=(scores.Bias(bias), scores.ALiBi(slopes))
+    )
+    got, wanted = (
+        jax.jit(lambda *x, i=i: jattn.attention(*x, **options, implementation=i))(q, k, v)
+        for i in (jattn.Blockwise(16, 16), "dense")
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -39,6 +39,8 @@ class Dense:
             return None
         if not problem.axes.are_known:
             return "sizes are symbolic, so that there may be any number of scores"
+        if _is_cache(problem, target):
+            return f"it would copy {4 * _keys_and_values(problem) / 2**20:.1f} MiB of keys and values for few queries"
         return f"it would hold {4 * math.prod(problem.axes.sizes) / 2**20:.1f} MiB of scores or more"
 
     def favours(self, problem: Problem, target: Target) -> str:
@@ -93,9 +95,21 @@ def _advantage(problem: Problem, target: Target) -> str | None:
     G, T, S = problem.axes.shape("GTS")
     count, H = math.prod(problem.axes.sizes), problem.q.array.shape[-1]
     few = 2**20 if G * T * S <= 2**12 else 2**16  # so many short heads gain nothing by a loop
-    if count <= few:
+    if count <= few and not _is_cache(problem, target):
         return f"{count} scores in all, at most {few}"
     # On a CPU XLA transposes all keys for that, which takes longer than taking the heads one by one.
     if G * T <= H and 16 * T <= S and not target.is_cpu:
         return f"few queries for many keys: the scores, G*T={G * T} for each key, take no more room than keys of H={H}"
     return None
+
+
+def _is_cache(problem: Problem, target: Target) -> bool:
+    """Whether keys and values are many, and far more than scores: on a CPU XLA transposes them all for a product."""
+    held = _keys_and_values(problem)
+    return target.is_cpu and isinstance(held, int) and held > 2**21 and held >= 16 * math.prod(problem.axes.sizes)
+
+
+def _keys_and_values(problem: Problem) -> Any:
+    """How many numbers keys and values hold."""
+    axes, widths = problem.axes, (problem.k.array.shape[-1], problem.v.array.shape[-1])
+    return math.prod(axes.shape(axes.batch + "KS")) * sum(widths)

@@ -6,6 +6,7 @@ stay where they are, as the caller laid them out, and are cut by index.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,8 +35,11 @@ def walk(plan: Plan, start: Start, step: Step, operands: Any) -> Any:
     counts = [len(jax.tree.leaves(part, is_leaf=letters.is_lettered)) for part in (problem, directions, residuals)]
     moving = [False] * counts[0] + [True] * counts[1] + [False] * counts[2]
     nest = _Nest(plan, visits.visits_of(plan, problem), start, step, tree, moving)
+    axes = plan.blocks.batch + "K"
+    if not directions and problem.axes.are_known:
+        return nest.together(axes, leaves)
     run: Callable[..., Any] = nest.head
-    for axis in "K" + plan.blocks.batch[::-1]:
+    for axis in reversed(axes):
         run = functools.partial(nest.over, axis, run)
     return run(leaves)
 
@@ -110,6 +114,35 @@ class _Nest(NamedTuple):
         results = lax.map(checkpointed(body), xs, batch_size=several if several > 1 else None)
         return jax.tree.map(functools.partial(_joined, rows, axis, block), results)
 
+    def together(self, axes: str, leaves: Leaves) -> Any:
+        """Runs over the blocks of batch and heads, where nothing is differentiated: in one loop, cutting all at once.
+
+        Loops within one another would copy each example for the loop over its heads.
+        """
+        blocks, forms = self.plan.blocks, [leaves[0].letters]
+        axes = "".join(axis for axis in axes if axis in forms[0] and leaves[0].size(axis) != blocks[axis])
+        counts = [-(-leaves[0].size(axis) // blocks[axis]) for axis in axes]
+
+        def body(i: Any) -> Any:
+            starts = {}
+            for axis, count in zip(reversed(axes), reversed(counts), strict=True):
+                starts[axis] = i % count * blocks[axis]
+                i = i // count
+            return self.head([leaf.slice(starts, blocks, barrier=self.plan.target.is_cpu) for leaf in leaves])
+
+        if not axes:
+            return self.head(leaves)
+        results = lax.map(checkpointed(body), jnp.arange(math.prod(counts), dtype=jnp.int32))
+        results = jax.tree.map(lambda result: result.reshape((*counts, *result.shape[1:])), results)
+        for axis in axes:
+            forms.append(letters.within(forms[-1], axis, blocks[axis]))
+        for depth, axis in reversed(list(enumerate(axes))):
+            join = functools.partial(_joined, forms[depth], axis, blocks[axis])
+            for _ in range(depth):
+                join = jax.vmap(join)
+            results = jax.tree.map(join, results)
+        return results
+
     def _travels(self, axis: str, leaf: Lettered, moving: bool) -> bool:
         if moving or axis not in leaf.letters:
             return axis in leaf.letters
@@ -118,10 +151,10 @@ class _Nest(NamedTuple):
         return leaf.letters[0] == axis and not stays
 
     def _cut(self, leaf: Lettered, axis: str, start: Any) -> Lettered:
-        block, barrier = self.plan.blocks[axis], self.plan.target.is_cpu
+        barrier = self.plan.target.is_cpu
         if axis == "T" and "T" in leaf.letters:
-            return leaf.rows(start, block, barrier=barrier)
-        return leaf.slice(axis, start, block, barrier=barrier)
+            return leaf.rows(start, self.plan.blocks, barrier=barrier)
+        return leaf.slice({axis: start}, self.plan.blocks, barrier=barrier)
 
     def head(self, leaves: Leaves) -> Any:
         """Runs one head, or the few that go together; where arrays decide, in few visits if that turns out to do."""
