@@ -44,7 +44,7 @@ MUTANTS = [
         "jattn/implementations/loops.py",
         "starts[axis] = i % count * blocks[axis]",
         "starts[axis] = i % count",
-        ("test_memory.py::test_batch_and_heads_in_one_loop",),
+        ("test_memory.py::test_blocks_of_several_examples_in_one_loop",),
     ),
     Mutant(
         "jattn/rule.py",

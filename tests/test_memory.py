@@ -303,7 +303,7 @@ def test_each_device_of_a_shard_map_is_alone():
 
 
 def test_batch_and_heads_in_one_loop():
-    """Several batch dims and heads, blocks of several of them, and axes that operands lack."""
+    """Several batch dims and heads, and axes that operands lack."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, 3, 40, 6, 8)).astype(np.float32)
     k, v = (rng.normal(size=(2, 3, 40, 2, 8)).astype(np.float32) for _ in range(2))
@@ -315,4 +315,12 @@ def test_batch_and_heads_in_one_loop():
         jax.jit(lambda *x, i=i: jattn.attention(*x, **options, implementation=i))(q, k, v)
         for i in (jattn.Blockwise(16, 16), "dense")
     )
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_several_examples_in_one_loop():
+    q = np.random.default_rng(0).normal(size=(100, 64, 2, 8)).astype(np.float32)
+    whole = jattn.Blockwise(64, 64)
+    assert jattn.explain(q, q, q, implementation=whole).block_sizes[:2] == (50, 2)
+    got, wanted = (jax.jit(lambda q, i=i: jattn.attention(q, q, q, implementation=i))(q) for i in (whole, "dense"))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
