@@ -16,10 +16,14 @@ def floating(name: str, array: Any) -> jax.Array:
     """Returns `array` as a JAX array; TypeError unless its dtype is a real floating one."""
     result = as_array(name, array)
     if not jnp.issubdtype(result.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must have a real floating dtype (float16, bfloat16, float32, float64), got {result.dtype}"
-        )
+        raise TypeError(f"{name} must have a real floating dtype (float8 to float64), got {result.dtype}")
     return result
+
+
+def stored(name: str, array: Any) -> jax.Array:
+    """Returns keys or values as a JAX array; TypeError unless its dtype is a real floating one or int8."""
+    result = as_array(name, array)
+    return result if result.dtype == jnp.int8 else floating(name, result)
 
 
 def integer(name: str, array: Any) -> jax.Array:
@@ -121,8 +125,8 @@ def common(*arrays: Any) -> Any:
 
 
 def is_narrow(array: Any) -> bool:
-    """Whether `array` is of floats narrower than float32."""
-    return jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    """Whether `array` is of numbers narrower than float32."""
+    return jnp.issubdtype(array.dtype, jnp.number) and array.dtype.itemsize < 4
 
 
 def as_array(name: str, array: Any) -> jax.Array:

@@ -29,6 +29,8 @@ def attention(
     mask: masks.Mask | ArrayLike | None = None,
     scores: tuple[Value, ...] = (),
     scale: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
     q_offset: ArrayLike | None = None,
     q_positions: ArrayLike | None = None,
     kv_positions: ArrayLike | None = None,
@@ -48,12 +50,16 @@ def attention(
 
     Args:
       query: `[..., T, N, H]`, real floating; the leading dims are the batch.
-      key: `[..., S, K, H]`; K divides N.
-      value: `[..., S, K, V]`.
+      key: `[..., S, K, H]`, real floating or int8; K divides N.
+      value: `[..., S, K, V]`, likewise.
       mask: a mask of `jattn.masks`, or a bool array broadcastable to `[..., N, T, S]`, True where attending is
         allowed. None: everywhere.
       scores: modifiers of `jattn.scores`, applied in order behind the scale and before the mask.
       scale: a number, or numbers `[..., N]`, one for each head. None: 1/sqrt(H).
+      key_scale: real floating `[..., S, K]`, broadcastable: what one of a key stands for, k = key_scale * key, as in a
+        cache of int8 or float8 with a scale for each head `[K]`, token `[..., S, 1]` or both. Keys are never widened as
+        a whole. For blocks of tokens, `jnp.repeat` its numbers. None: 1; int8 needs it.
+      value_scale: the same for the values.
       q_offset: position of the first query, an int or an int array `[...]`. An int is static, an array dynamic.
       q_positions: `[..., T]` int positions of the queries, in place of `q_offset`. At a negative one is no query.
       kv_positions: `[..., S]` int positions of the keys. None: 0, 1, ... At a negative one is no key.
@@ -82,6 +88,8 @@ def attention_with_lse(
     mask: masks.Mask | ArrayLike | None = None,
     scores: tuple[Value, ...] = (),
     scale: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
+    value_scale: ArrayLike | None = None,
     q_offset: ArrayLike | None = None,
     q_positions: ArrayLike | None = None,
     kv_positions: ArrayLike | None = None,
@@ -114,6 +122,7 @@ def attention_weights(
     mask: masks.Mask | ArrayLike | None = None,
     scores: tuple[Value, ...] = (),
     scale: ArrayLike | None = None,
+    key_scale: ArrayLike | None = None,
     q_offset: ArrayLike | None = None,
     q_positions: ArrayLike | None = None,
     kv_positions: ArrayLike | None = None,
@@ -128,7 +137,7 @@ def attention_weights(
     Args:
       query: `[..., T, N, H]`. key: `[..., S, K, H]`.
       rows: `[R]` int indices of the queries wanted, so that T x S need not be built. None: all.
-      mask, scores, scale, q_offset, q_positions, kv_positions, dropout: as in `attention`.
+      mask, scores, scale, key_scale, q_offset, q_positions, kv_positions, dropout: as in `attention`.
 
     Returns:
       `[..., N, T, S]`, or `[..., N, R, S]`, in float32 or wider.
@@ -146,14 +155,15 @@ def attention_weights(
     def lies(spec: Any) -> Any:
         return jax.P(*spec[:-3], spec[-2], None if rows is not None else spec[-3])
 
-    query, key = checks.floating("query", query), checks.floating("key", key)
-    weights: jax.Array = _run(run, lies, query, key, key[..., :0], options, rows)
+    query, key = checks.floating("query", query), checks.stored("key", key)
+    none = jnp.zeros((*key.shape[:-1], 0), query.dtype)
+    weights: jax.Array = _run(run, lies, query, key, none, options, rows)
     return weights
 
 
 def _options(arguments: dict[str, Any]) -> Options:
     """Those of the arguments of a public function that are options."""
-    return cast(Options, {name: arguments[name] for name in Options.__annotations__})
+    return cast(Options, {name: arguments[name] for name in Options.__annotations__ if name in arguments})
 
 
 def _attend(query: Any, key: Any, value: Any, options: Options, implementation: Any) -> tuple[jax.Array, Running]:

@@ -28,8 +28,8 @@ def attend(
       params: `Params`, from `init` or `from_matrices`.
       x: `[..., T, D]` rows that ask.
       context: `[..., S, C]` rows that are asked (cross-attention). None: `x`.
-      **options: mask, scores, scale, q_offset, q_positions, kv_positions, dropout and implementation, as in
-        `attention`.
+      **options: mask, scores, scale, key_scale, value_scale, q_offset, q_positions, kv_positions, dropout and
+        implementation, as in `attention`.
       out_sharding: a `jax.P` or sharding, how the result is to lie in a mesh with explicit axes. None: its rows as
         those of `x`, its width as that of `wo`.
 

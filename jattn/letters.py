@@ -197,7 +197,7 @@ def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bo
     if it does not fit, or if it does without N too.
 
     Args:
-      own_axes: some of "NTS", then a small letter for each axis that is the array's alone.
+      own_axes: some of "NTS", or "SK", then a small letter for each axis that is the array's alone.
       keep_integers: takes integers as they come, and not as int32, as positions are.
     """
     array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
@@ -205,12 +205,12 @@ def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bo
     shape = np.shape(array)[: max(np.ndim(array) - len(own_axes) + len(named), 0)]
     split = max(len(shape) - len(named), 0)
     lead, own = axes.batch[len(axes.batch) - split :], named[len(named) - (len(shape) - split) :]
-    if split == len(axes.batch) + 1 and "N" not in named:
+    if split == len(axes.batch) + 1 and not {"N", "K"} & {*named}:
         lead, own = axes.batch, "N" + own
     letters = lead + own
     if len(letters) != len(shape) or not _fits(shape, letters, axes):
         N = axes["K"] * axes["G"]
-        heads = "" if "N" in named else f", or with one more leading dim for the N={N} heads"
+        heads = "" if {"N", "K"} & {*named} else f", or with one more leading dim for the N={N} heads"
         wanted = ", ".join(
             ["..."] + [f"{a}={N if a == 'N' else axes[a]} or 1" for a in named] + [*own_axes[len(named) :]]
         )

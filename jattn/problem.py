@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
     mask: algebra.Mask | ArrayLike | None
     scores: tuple[Value, ...]
     scale: ArrayLike | None
+    key_scale: ArrayLike | None
+    value_scale: ArrayLike | None
     q_offset: ArrayLike | None
     q_positions: ArrayLike | None
     kv_positions: ArrayLike | None
@@ -53,6 +55,8 @@ class Problem(NamedTuple):
     k: Any  # [*batch, S, K, H]
     v: Any  # [*batch, S, K, V]
     scale: Any  # [] or [*batch, K, G], in the dtype of sums
+    k_scale: Any  # [*batch, S, K], in the dtype of sums, or None
+    v_scale: Any
     mask: algebra.Mask
     modifiers: tuple[Modifier, ...]
     sink: Sink | None
@@ -154,7 +158,7 @@ class Block(NamedTuple):
           guard: puts queries and keys that take no part to 0. Without it all must take part.
         """
         s, v = self.logits(keep if guard else None)
-        factor = self.factor()
+        factor = self.factor(keep if guard else None)
         return softmax.update(state, s, keep, lambda p: self.weigh(p if factor is None else p * factor, v))
 
     def keep(self) -> jax.Array | None:
@@ -167,7 +171,7 @@ class Block(NamedTuple):
     def logits(self, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns the logits before the mask, `[*rows, S]`, and the values, `[*lead, S, V]`.
 
-            s_ts = modifiers(scale * q_t·k_s)
+            s_ts = modifiers(scale * k_scale_s * q_t·k_s)
 
         float32 or wider. With `keep`, operands that take no part are 0, whatever they held.
         """
@@ -180,6 +184,8 @@ class Block(NamedTuple):
         # Scaling narrow queries would round them once more.
         s = self._product(q * scale if q.dtype == wide else q, k, wide)
         s = s if q.dtype == wide else s * scale
+        if self.at.k_scale is not None:
+            s = s * self._of_keys(self.at.k_scale, keep)
         for modifier in self.at.modifiers:
             s = modifier(s, self.at.q_pos, self.at.kv_pos)
         return s, v
@@ -196,12 +202,16 @@ class Block(NamedTuple):
             sums = _dot(rows, v, -2, p.dtype)
         return sums.reshape((*self.rows, v.shape[-1]))
 
-    def factor(self) -> jax.Array | None:
-        """What dropout multiplies the weights by, broadcastable to the scores; None for 1."""
+    def factor(self, keep: jax.Array | None = None) -> jax.Array | None:
+        """What the weights are multiplied by before they meet the values, broadcastable to the scores; None for 1.
+
+        That is dropout, and the scale of the values; with `keep`, 0 for those that take no part.
+        """
+        factor = None if self.at.v_scale is None else self._of_keys(self.at.v_scale, keep)
         if self.at.dropout is None:
-            return None
-        kept = self.at.dropout(self.at.q_pos, self.at.kv_pos)
-        return kept.astype(self.wide) / (1 - self.at.dropout.rate)
+            return factor
+        kept = self.at.dropout(self.at.q_pos, self.at.kv_pos).astype(self.wide) / (1 - self.at.dropout.rate)
+        return kept if factor is None else kept * factor
 
     def sink_logits(self) -> jax.Array | None:
         """The logits of the sink, broadcastable to the rows; None without."""
@@ -217,13 +227,21 @@ class Block(NamedTuple):
         and, through the other operand, in every gradient.
         """
         asks = keep.sum(-1, dtype=jnp.int32) > 0  # `any` along the last axis takes XLA twice as long on a CPU
-        answers = keep.any(tuple(range(self.lead, keep.ndim - 1)))
+        answers = self._answers(keep)
 
         def answering(x: jax.Array) -> jax.Array:
             # Turned round, as directions of keys travel (see `loops`): between a product and its transpose it costs.
             return jnp.swapaxes(jnp.where(answers[..., None, :], jnp.swapaxes(x, -1, -2), 0), -1, -2)
 
         return jnp.where(asks[..., None], self.at.q, 0), answering(self.at.k), answering(self.at.v)
+
+    def _answers(self, keep: jax.Array, *, keepdims: bool = False) -> jax.Array:
+        """Which keys some query of the block may attend to."""
+        return keep.any(tuple(range(self.lead, keep.ndim - 1)), keepdims=keepdims)
+
+    def _of_keys(self, scale: jax.Array, keep: jax.Array | None) -> jax.Array:
+        """A scale of keys or values; with `keep`, 0 for those that nobody may attend to, whatever it held."""
+        return scale if keep is None else jnp.where(self._answers(keep, keepdims=True), scale, 0)
 
     def _product(self, q: jax.Array, k: jax.Array, wide: Any) -> jax.Array:
         # One axis of rows, T and G together: with two, XLA copies the scores to sum over them.
@@ -255,8 +273,8 @@ def _dot(a: jax.Array, b: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
 
 def operands(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns query, key and value as arrays; TypeError for one that is not real floating."""
-    return checks.floating("query", query), checks.floating("key", key), checks.floating("value", value)
+    """Returns query, key and value as arrays; TypeError for one that is not real floating, keys and values of int8."""
+    return checks.floating("query", query), checks.stored("key", key), checks.stored("value", value)
 
 
 def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options) -> Problem:
@@ -281,6 +299,7 @@ def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options
     if any(options.get(name) is not None for name in ("q_positions", "kv_positions")):
         mask = algebra.placed(mask)
     scale = _scale(options.get("scale"), H)
+    k_scale, v_scale = (_stored_scale(name, x, options, axes) for name, x in (("key", key), ("value", value)))
     wide = checks.wide(query, key, value)
     sink = next((score for score in modifiers if isinstance(score, Sink)), None)
     q = query.reshape((*batch, T, K, N // K, H))
@@ -289,6 +308,8 @@ def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options
         k=Lettered.bare(key, axes.batch + "SK", KEYS, "S"),
         v=Lettered.bare(value, axes.batch + "SK", KEYS, "S"),
         scale=lettered(scale.astype(wide), "N", axes, "scale"),
+        k_scale=None if k_scale is None else k_scale.replace(k_scale.array.astype(wide)),
+        v_scale=None if v_scale is None else v_scale.replace(v_scale.array.astype(wide)),
         mask=_lettered("mask", mask, axes),
         modifiers=tuple(_lettered("scores", m, axes) for m in modifiers if isinstance(m, Modifier)),
         sink=None if sink is None else _lettered("scores", sink, axes),
@@ -323,6 +344,21 @@ def _scale(scale: Any, H: int) -> jax.Array:
     if not (jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)):
         raise TypeError(f"scale must be a real number or real numbers [..., N], got {number.dtype}{list(number.shape)}")
     return number
+
+
+def _stored_scale(name: str, operand: jax.Array, options: Options, axes: Axes) -> Lettered | None:
+    """What one of a key or value stands for, `[..., S, K]`; None if for itself."""
+    given: Any = options.get(f"{name}_scale")
+    if given is None:
+        if not jnp.issubdtype(operand.dtype, jnp.floating):
+            raise TypeError(f"{name} of {operand.dtype} needs {name}_scale=, what one of it stands for")
+        return None
+    array = checks.floating(f"{name}_scale", given)
+    if array.ndim > len(axes.batch) + 2:
+        raise ValueError(
+            f"{name}_scale must be [..., S, K] with batch dims ...={axes.shape(axes.batch)}, got {array.shape}"
+        )
+    return lettered(array, "SK", axes, f"{name}_scale")
 
 
 def _check_shape(name: str, array: jax.Array, spelled: str, sizes: tuple[Any, ...]) -> None:

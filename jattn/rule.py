@@ -69,11 +69,15 @@ def _start(live: tuple[int, ...], operands: Any) -> tuple[jax.Array, jax.Array, 
 def _step(live: tuple[int, ...], guard: bool, state: Any, keep: Any, operands: Any) -> tuple[Any, Any, Any]:
     block, directions, (shift, total) = operands
     dl, shared, do = state
-    (s, v), (ds, dv) = _derivative(lambda block: block.logits(keep if guard else None), live, block, directions)
+    guarded = keep if guard else None
+    (s, v), (ds, dv) = _derivative(lambda block: block.logits(guarded), live, block, directions)
     e = softmax.exponentials(s, shift, keep)
-    de, factor = e * (ds if keep is None else jnp.where(keep, ds, 0)), block.factor()
+    de = e * (ds if keep is None else jnp.where(keep, ds, 0))
     moves = jnp.where(_is_all(e, total[..., None]), 0, de)
+    factor, dfactor = _derivative(lambda block: block.factor(guarded), live, block, directions)
     weights, dweights = (e, moves) if factor is None else (e * factor, moves * factor)
+    if block.at.v_scale is not None:
+        dweights = dweights + e * dfactor
     # Changes of weights meet wide values, unrounded: what is common to a row's scores cancels out in the end.
     change = block.weigh(dweights, v.astype(dweights.dtype)) + block.weigh(weights, dv)
     if block.at.sink is not None and keep is not None:  # else a row without keys is put to 0 in the end

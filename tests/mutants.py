@@ -29,6 +29,18 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/rule.py",
+        "dweights = dweights + e * dfactor",
+        "pass",
+        ("test_caches.py::test_scales_of_every_kind",),
+    ),
+    Mutant(
+        "jattn/problem.py",
+        "return scale if keep is None else jnp.where(self._answers(keep, keepdims=True), scale, 0)",
+        "return scale",
+        ("test_caches.py::test_scales_of_slots_that_nobody_sees_may_be_anything",),
+    ),
+    Mutant(
         "jattn/autodiff.py",
         "where = operation.where.on(platform, _devices(context.module_context.axis_context))",
         "where = operation.where.on(platform, None)",
@@ -138,8 +150,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/problem.py",
-        "answers = keep.any(tuple(range(self.lead, keep.ndim - 1)))",
-        "answers = keep.all(tuple(range(self.lead, keep.ndim - 1)))",
+        "return keep.any(tuple(range(self.lead, keep.ndim - 1)), keepdims=keepdims)",
+        "return keep.all(tuple(range(self.lead, keep.ndim - 1)), keepdims=keepdims)",
         (f"{C}::test_c4_a_key_that_one_head_of_the_group_sees_is_not_a_secret",),
     ),
     Mutant(

@@ -54,7 +54,8 @@ PLACES = {
     "both": (dict(q_positions=Q_POS, kv_positions=KV_POS), Q_POS, KV_POS),
     "keys": (dict(q_offset=2, kv_positions=KV_POS), np.arange(T) + 2, KV_POS),
 }
-SCALES = {"default": None, "given": 1.7}
+STORED = [RNG.uniform(0.5, 2, shape).astype(np.float32) for shape in ((S, 2), (S, 1))]
+SCALES = {"default": {}, "given": dict(scale=1.7), "stored": dict(key_scale=STORED[0], value_scale=STORED[1])}
 DROPOUTS = {"none": None, "some": jattn.Dropout(0.4, KEY)}
 CHOICES = dict(mask=MASKS, scores=SCORES, place=PLACES, scale=SCALES, dropout=DROPOUTS)
 
@@ -63,7 +64,7 @@ def options(mask, scores, place, scale, dropout):
     return dict(
         mask=MASKS[mask][0],
         scores=SCORES[scores][0],
-        scale=SCALES[scale],
+        **SCALES[scale],
         dropout=DROPOUTS[dropout],
         **PLACES[place][0],
     )
@@ -75,8 +76,10 @@ def exact(x, mask, scores, place, scale):
     keep = MASKS[mask][1](q_pos[:, None], kv_pos)
     distance = np.abs(q_pos[:, None] - kv_pos)
     given = [lambda s, head, f=f: f(s, head[-1], distance) for f in SCORES[scores][1]]
+    stands_for = [SCALES[scale].get(name, np.ones((1, 1))) for name in ("key_scale", "value_scale")]
+    stored = (x[0], *(a * one[..., None] for a, one in zip(x[1:], stands_for, strict=True)))
     return reference.attention(
-        *x, keep=keep, scores=given, scale=SCALES[scale], sink=SINK if scores == "sink" else None
+        *stored, keep=keep, scores=given, scale=SCALES[scale].get("scale"), sink=SINK if scores == "sink" else None
     )[:2]
 
 
@@ -137,10 +140,11 @@ def check_implementations(point):
     blocks = jax.jit(lambda *x: jattn.attention_with_lse(*x, **given, implementation=SMALL))(*x)
     for a, b in zip(blocks, dense, strict=True):
         np.testing.assert_allclose(a, b, **TOL)
+    of_values = given.pop("value_scale", np.ones((1, 1), np.float32))
     with jax.disable_jit():
         weights = jattn.attention_weights(*x[:2], **given)
         rows = jattn.attention_weights(*x[:2], **given, rows=jnp.asarray([3, 0]))
-    values = np.repeat(x[2], 3, axis=1)
+    values = np.repeat(x[2] * of_values[..., None], 3, axis=1)
     np.testing.assert_allclose(np.einsum("nts,snv->tnv", weights, values), dense[0], **TOL)
     np.testing.assert_allclose(rows, weights[:, np.array([3, 0])], **TOL)
 
@@ -157,7 +161,10 @@ def test_b18_no_path_drops_an_option_full_product(point):
 
 
 @pytest.mark.parametrize("implementation", ["dense", SMALL], ids=["dense", "blockwise"])
-@pytest.mark.parametrize("name", ["mask", "scores", "scale", "q_offset", "q_positions", "kv_positions", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    ["mask", "scores", "scale", "key_scale", "value_scale", "q_offset", "q_positions", "kv_positions", "dropout"],
+)
 def test_each_option_alone_has_effect_in_every_function(implementation, name):
     """Without any other option; where positions alone could not matter, beside the mask that reads them."""
     q, k, v = qkv(T, T, V=3)
@@ -167,6 +174,8 @@ def test_each_option_alone_has_effect_in_every_function(implementation, name):
         mask=masks.Causal(),
         scores=(scores.SoftCap(0.1),),
         scale=3.0,
+        key_scale=STORED[0][:T],
+        value_scale=STORED[1][:T],
         q_offset=1,
         q_positions=jnp.asarray(Q_POS),
         kv_positions=jnp.asarray(KV_POS[:T]),
@@ -176,7 +185,7 @@ def test_each_option_alone_has_effect_in_every_function(implementation, name):
     calls = {
         "attention": lambda **o: jattn.attention(q, k, v, **o, implementation=implementation),
         "attention_with_lse": lambda **o: jattn.attention_with_lse(q, k, v, **o, implementation=implementation)[0],
-        "attention_weights": lambda **o: jattn.attention_weights(q, k, **o),
+        "attention_weights": lambda value_scale=None, **o: jattn.attention_weights(q, k, **o),
         "attend": lambda **o: jattn.attend(params, tokens, **o, implementation=implementation),
         "context_vector": lambda **o: jattn.context_vector(params, tokens, **o, implementation=implementation),
     }
@@ -188,7 +197,7 @@ def test_each_option_alone_has_effect_in_every_function(implementation, name):
         once(lambda: results(**beside), "options", implementation, *beside),
         results(**beside | {name: value}),
     )
-    for call in calls:
+    for call in set(calls) - ({"attention_weights"} if name == "value_scale" else set()):
         assert np.abs(without[call] - given[call]).max() > 1e-3, f"{call} dropped {name}"
 
 
@@ -219,10 +228,14 @@ def test_the_layer_hands_every_option_to_attention():
 
 def test_these_are_all_the_options():
     """A new option must be added to the walks above."""
-    walked = ["mask", "scores", "scale", "q_offset", "q_positions", "kv_positions", "dropout", "implementation"]
+    scales, places = ["scale", "key_scale", "value_scale"], ["q_offset", "q_positions", "kv_positions"]
+    walked = ["mask", "scores", *scales, *places, "dropout", "implementation"]
     for function in (jattn.attention, jattn.attention_with_lse):
         assert list(inspect.signature(function).parameters)[3:] == walked
-    assert set(inspect.signature(jattn.attention_weights).parameters) == {"query", "key", "rows", *walked[:-1]}
+    assert set(inspect.signature(jattn.attention_weights).parameters) == {
+        *("query", "key", "rows"),
+        *(name for name in walked[:-1] if name != "value_scale"),  # it has no values
+    }
     assert list(inspect.signature(jattn.explain).parameters)[:3] == ["query", "key", "value"]
     walked = [*COMPATIBLE, "implementation"]
     assert set(inspect.signature(jattn.dot_product_attention).parameters) == {"query", "key", "value", *walked}
