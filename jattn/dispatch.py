@@ -1,5 +1,6 @@
 """The public attention functions: check the arguments, attend, give the results back in the caller's layout."""
 
+import math
 from typing import Any, cast
 
 import jax
@@ -136,7 +137,8 @@ def attention_weights(
 
     Args:
       query: `[..., T, N, H]`. key: `[..., S, K, H]`.
-      rows: `[R]` int indices of the queries wanted, so that T x S need not be built. None: all.
+      rows: `[R]` int indices of the queries wanted, so that T x S need not be built. None: all. If they are traced and
+        out of range, negative ones count from the end, and others give rows that mean nothing.
       mask, scores, scale, key_scale, q_offset, q_positions, kv_positions, dropout: as in `attention`.
 
     Returns:
@@ -193,9 +195,37 @@ def _run(f: Any, lies: Any, query: jax.Array, key: jax.Array, value: jax.Array, 
     sharding = jax.typeof(query).sharding
     if not sharding.mesh.explicit_axes:
         return f(query, key, value, options, *others)
+    key, value, options = _as_many_heads(query, key, value, options)
     arrays, rebuild = arrays_apart((query, key, value, options, *others))
     run = jax.sharding.auto_axes(lambda *arrays: f(*rebuild(arrays)), out_sharding=lies(sharding.spec))
     return run(*arrays)
+
+
+def _as_many_heads(query: jax.Array, key: jax.Array, value: jax.Array, options: Options) -> Any:
+    """Keys, values and their scales with heads for all devices that share the queries' heads, as far as they can be.
+
+    Where there are more of these than heads of keys, XLA would gather queries and scores: so each takes its own heads.
+    """
+    names, K = _spec(query)[-2], key.shape[-2]
+    times = math.lcm(K, math.prod(jax.typeof(query).sharding.mesh.shape[name] for name in names)) // max(K, 1)
+    taken = {name for array in (key, value) for entry in _spec(array)[:-2] + _spec(array)[-1:] for name in entry}
+    if times == 1 or query.shape[-2] % (K * times) or taken & {*names}:
+        return key, value, options
+
+    def repeated(array: Any, axis: int) -> jax.Array:
+        spec: list[Any] = [*_spec(array)]
+        spec[axis] = names
+        return jnp.repeat(array, times, axis=axis, out_sharding=jax.P(*spec))
+
+    scales: dict[str, Any] = {name: options.get(name) for name in ("key_scale", "value_scale")}
+    by_head = {name: repeated(scale, -1) for name, scale in scales.items() if np.shape(scale)[-1:] == (K,) != (1,)}
+    return repeated(key, -2), repeated(value, -2), {**options, **by_head}
+
+
+def _spec(array: Any) -> list[tuple[Any, ...]]:
+    """The axes of the mesh along which each axis of an array lies."""
+    entries = [*jax.typeof(array).sharding.spec] or [None] * np.ndim(array)
+    return [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in entries]
 
 
 def _state(query: Any, key: Any, value: Any, options: Options, implementation: Any) -> Running:

@@ -135,7 +135,9 @@ class Prefix(Mask):
 
 
 class Lengths(Mask):
-    """Queries and keys at or past a length are padding: q_pos < q and kv_pos < kv.
+    """Queries and keys at positions at or past a length are padding: q_pos < q and kv_pos < kv.
+
+    Positions, and not slots: which slots of a cache are filled is said by `kv_positions`, which are -1 where none is.
 
     Lengths(q=3, kv=2), T = S = 4:
         ██··

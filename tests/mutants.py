@@ -29,6 +29,18 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/dispatch.py",
+        "if times == 1 or query",
+        "if times or query",
+        ("test_meshes.py::test_more_devices_on_the_heads_than_key_heads_share_nothing",),
+    ),
+    Mutant(
+        "jattn/dispatch.py",
+        " or taken & {*names}:",
+        ":",
+        ("test_meshes.py::test_heads_and_keys_along_one_axis_of_the_mesh",),
+    ),
+    Mutant(
         "jattn/rule.py",
         "dweights = dweights + e * dfactor",
         "pass",

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 import jattn
 from jattn import masks, scores
 from tests.plain import assert_close
+from tests.test_transforms import COLLECTIVE
 
 MESH = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Explicit,))
 B, T, N, K, H = 4, 8, 4, 2, 6
@@ -68,6 +69,38 @@ def test_every_layout(layout, options, implementation):
         for array, spec in zip((got[0], *got[1]), (layout[0], *layout), strict=True):
             assert array.sharding.is_equivalent_to(jax.NamedSharding(MESH, spec), array.ndim)
     assert_close(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, wanted), 1e-4)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_more_devices_on_the_heads_than_key_heads_share_nothing(differentiated, scaled):
+    """Each has the keys of its own heads, with their scales, and asks no other."""
+    q, k, v, _ = draw()
+    scales = dict(key_scale=jnp.array([0.5, 2.0]), value_scale=jnp.ones((B, T, K)) * 3) if scaled else {}
+
+    def f(q, k, v):
+        return jattn.attention(q, k, v, mask=masks.Causal(), implementation=jattn.Blockwise(4, 4), **scales)
+
+    run = jax.grad(lambda *x: loss(f(*x))) if differentiated else f
+    wanted = jax.jit(run)(q, k, v)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    for over, names, of_keys in ((MESH, "m", None), (mesh, ("a", "b"), None), (mesh, ("a", "b"), "a")):
+        with jax.set_mesh(over):
+            specs = [jax.P(None, None, name) for name in (names, of_keys, of_keys)]
+            placed = [
+                jax.device_put(a, jax.NamedSharding(over, spec)) for a, spec in zip((q, k, v), specs, strict=True)
+            ]
+            compiled = jax.jit(run).lower(*placed).compile()
+            assert not COLLECTIVE.findall(compiled.as_text())
+            assert_close(np.asarray(compiled(*placed)), np.asarray(wanted), 1e-5)
+
+
+def test_heads_and_keys_along_one_axis_of_the_mesh():
+    q, k, v, _ = draw()
+    wanted = jattn.attention(q, k, v)
+    with jax.set_mesh(MESH):
+        got = jax.jit(jattn.attention)(put(q, HEADS), put(k, ROWS), put(v, ROWS))
+    assert_close(np.asarray(got), np.asarray(wanted), 1e-5)
 
 
 def test_without_jit_and_weights_and_lse():
