@@ -17,7 +17,7 @@ import numpy as np
 
 from jattn import checks, values
 from jattn.intervals import Interval
-from jattn.letters import Axes, Order, fitted
+from jattn.letters import Axes, Order, fitted, is_lettered
 from jattn.values import Value
 
 UNKNOWN = Interval(np.False_, np.True_)
@@ -71,7 +71,9 @@ class Mask(Value):
 
         A mask of one's own may do with positions what intervals cannot: then nothing is known of a block.
         """
-        read: Mask = jax.tree.map(interval, self)
+        apart = {*self.static(), *self.payload}  # what belongs to no axis bounds no block
+        arrays = {name: field for name, field in self.fields().items() if name not in apart}
+        read = self.replace(**{name: jax.tree.map(interval, field) for name, field in arrays.items()})
         if not values.is_foreign(self):
             return read
 
@@ -108,7 +110,7 @@ class Mask(Value):
           width: most characters across; half as many lines.
         """
         _, axes = _axes(self, T, S)
-        first = jax.tree.map(lambda a: a[(slice(0, 1),) * (a.ndim - 2)], _heads_first(self, axes))
+        first = _heads_first(self, axes, only_the_first=True)
         q_pos, kv_pos = _positions(len(axes.sizes), T, S, q_offset)
         block_q, block_kv = max(1, -(-T // max(width // 2, 1))), max(1, -(-S // width))
         if block_q == block_kv == 1:
@@ -347,8 +349,8 @@ def _is_not(a: Mask, b: Mask) -> bool:
 def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
     """The leading dims of the mask as an array, and the axes of a problem that it fits.
 
-    Where an array has heads, as a `Dense` mask does that has a dim in front of T and S, leading dims of others are the
-    batch, unless there is one more of them; where none has, all are taken for the batch.
+    Where an array has heads, as a `Dense` mask does that has a dim in front of T and S, one with a dim less has the
+    batch alone; where none has, leading dims are taken for the batch.
     """
     parts = jax.tree.leaves(mask, is_leaf=_is_single)
     of_axes = [(part, np.shape(array), own) for part in parts for array, own in part.of_axes()]
@@ -357,7 +359,7 @@ def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
     owners: list[Mask] = []
     for part, shape, own in of_axes:
         dims = shape[: max(len(shape) - len(own.replace("N", "")), 0)]
-        lead.append((*dims, 1) if heads and "N" not in own and len(dims) <= max(*heads, 1) else dims)
+        lead.append((*dims, 1) if heads and "N" not in own and len(dims) <= max(heads) else dims)
         owners.append(part)
     try:
         whole = np.broadcast_shapes(*lead)
@@ -368,9 +370,13 @@ def _axes(mask: Mask, T: int, S: int) -> tuple[tuple[int, ...], Axes]:
     return whole, Axes.of(batch, K, 1, T, S)
 
 
-def _heads_first(mask: Mask, axes: Axes) -> Any:
-    """The mask with arrays `[*batch, K, G, T, S]`, each axis full or 1."""
-    return fitted(mask.lettered(axes), Order("", axes.letters[:-1]))
+def _heads_first(mask: Mask, axes: Axes, *, only_the_first: bool = False) -> Any:
+    """The mask with arrays `[*batch, K, G, T, S]`, each axis full or 1; or those of the first example and head."""
+    lettered, lead = mask.lettered(axes), axes.letters[:-2]
+    if only_the_first:
+        one = axes.replace(**dict.fromkeys(lead, 1))
+        lettered = jax.tree.map(lambda a: a.slice(dict.fromkeys(lead, 0), one), lettered, is_leaf=is_lettered)
+    return fitted(lettered, Order("", axes.letters[:-1]))
 
 
 def _is_single(mask: Any) -> bool:

@@ -75,6 +75,19 @@ def ids(name: str, array: Any) -> Any:
     return int32(name, array) if cut or array.dtype.itemsize < 4 else array
 
 
+def uncut(name: str, array: Any) -> Any:
+    """Returns an array as it is; ValueError for integers of 64 bits that JAX would cut to 32, if they do not fit."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended) or jax.dtypes.canonicalize_dtype(dtype) == dtype:
+        return array
+    kept = jax.dtypes.canonicalize_dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and np.size(array):
+        limits, known = np.iinfo(kept), np.asarray(array)
+        if not (limits.min <= known.min() and known.max() <= limits.max):
+            raise ValueError(f"{name} must be integers that fit {kept}, got {known.min()} ... {known.max()}")
+    return array
+
+
 def carried(name: str, array: Any, kind: Any, least_rank: int, *, optional: bool = False) -> None:
     """TypeError or ValueError unless `array` is an array of a kind, jnp.integer or jnp.bool_, with axes enough."""
     if array is None and optional:

@@ -64,7 +64,9 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         return attention_with_lse(query, key, value, implementation=implementation, **options)
 
     found: list[_Found] = []
-    where = target.now().on(None, _devices(arrays))
+    compiled: Any = jax.jit(run).lower(*arrays).compile()
+    lie = jax.tree.leaves(compiled.input_shardings)
+    where = target.now().on(None, max((sharding.num_devices for sharding in lie), default=None))
 
     def look(*arrays: Any) -> list[jax.Array] | None:
         query, key, value, options = rebuild(arrays)
@@ -82,7 +84,6 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         counts = jax.jit(lambda *given: look(*map(jnp.zeros_like, arrays[:3]), *given))(*arrays[3:])
     empty, partial, full = 3 * [None] if counts is None else (np.array(counts) / max(np.sum(counts), 1)).tolist()
     skipped = (empty or 0.0) if told.taken.skips else 0.0
-    memory: Any = jax.jit(run).lower(*arrays).compile().memory_analysis()
     return Explanation(
         implementation=told.taken.name,
         sizes=_named(told.sizes, arrays[0].shape[-1], arrays[2].shape[-1]),
@@ -91,7 +92,7 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
         partial=partial,
         full=full,
         flops=2.0 * (arrays[0].shape[-1] + arrays[2].shape[-1]) * math.prod(map(float, told.sizes)) * (1 - skipped),
-        temp_bytes=int(memory.temp_size_in_bytes),
+        temp_bytes=int(compiled.memory_analysis().temp_size_in_bytes),
         reasons=told.reasons,
     )
 
@@ -99,14 +100,6 @@ def explain(query: Any, key: Any, value: Any, *, implementation: Any = None, **o
 def _named(sizes: tuple[Any, ...], H: Any, V: Any) -> dict[str, Any]:
     *batch, K, G, T, S = sizes
     return {"batch": (*batch,), "T": T, "S": S, "N": K * G, "K": K, "H": H, "V": V}
-
-
-def _devices(arrays: list[Any]) -> int | None:
-    """Over how many devices arrays are spread; None where they are being traced, so that nobody knows."""
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        return None
-    spread = [getattr(array, "sharding", None) for array in arrays]
-    return max([1, *(len(sharding.device_set) for sharding in spread if sharding is not None)])
 
 
 class _Found(NamedTuple):

@@ -202,13 +202,14 @@ def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bo
     """
     array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
     named = own_axes.rstrip(string.ascii_lowercase)
-    shape = np.shape(array)[: max(np.ndim(array) - len(own_axes) + len(named), 0)]
+    count = np.ndim(array) - (len(own_axes) - len(named))  # of axes that may have letters
+    shape = np.shape(array)[: max(count, 0)]
     split = max(len(shape) - len(named), 0)
     lead, own = axes.batch[len(axes.batch) - split :], named[len(named) - (len(shape) - split) :]
     if split == len(axes.batch) + 1 and not {"N", "K"} & {*named}:
         lead, own = axes.batch, "N" + own
     letters = lead + own
-    if len(letters) != len(shape) or not _fits(shape, letters, axes):
+    if count < 0 or len(letters) != len(shape) or not _fits(shape, letters, axes):
         N = axes["K"] * axes["G"]
         heads = "" if {"N", "K"} & {*named} else f", or with one more leading dim for the N={N} heads"
         wanted = ", ".join(
@@ -220,8 +221,8 @@ def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bo
         )
     if "N" in named and len(named) > 1:
         refuse_two_readings(name, shape, named, axes)
-    if jnp.issubdtype(array.dtype, jnp.integer) and not keep_integers:
-        array = checks.int32(name, array)  # as positions are
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        array = checks.uncut(name, array) if keep_integers else checks.int32(name, array)  # as positions are
     sizes: list[Any] = []
     for letter, size in zip(letters, shape, strict=True):
         parted = (1, 1) if is_one(size) else axes.shape("KG")
@@ -233,7 +234,9 @@ def lettered_leaves(tree: Any, letters: Sequence[str | None], axes: Axes, name: 
     """Names the axes of each leaf of a pytree; one whose letters are None belongs to none."""
     leaves, structure = jax.tree.flatten(tree)
     each = zip(leaves, letters, strict=True)
-    done = [whole(leaf) if own is None else lettered(leaf, own, axes, name, keep_integers=True) for leaf, own in each]
+    done = [
+        whole(leaf, name) if own is None else lettered(leaf, own, axes, name, keep_integers=True) for leaf, own in each
+    ]
     return jax.tree.unflatten(structure, done)
 
 
@@ -243,7 +246,8 @@ def letters_of_leaves(tree: Any, axes: Any, name: str) -> tuple[str | None, ...]
         each = jax.tree.broadcast(axes, tree, is_leaf=lambda leaf: leaf is None)
     except ValueError as error:
         raise ValueError(f"{name} axes must be letters, or a tree of them as that of its arrays: {error}") from error
-    letters = tuple(jax.tree.leaves(each, is_leaf=lambda leaf: leaf is None))
+    both = (jax.tree.leaves(part, is_leaf=lambda leaf: leaf is None) for part in (each, tree))
+    letters = tuple(own for own, leaf in zip(*both, strict=True) if leaf is not None)
     for own in letters:
         if own is not None and not (isinstance(own, str) and re.fullmatch("N?T?S?[a-z]*", own)):
             raise ValueError(
@@ -252,9 +256,9 @@ def letters_of_leaves(tree: Any, axes: Any, name: str) -> tuple[str | None, ...]
     return letters
 
 
-def whole(leaf: Any) -> Lettered:
+def whole(leaf: Any, name: str) -> Lettered:
     """An array that belongs to no axis."""
-    return Lettered(jnp.asarray(leaf), "", WHOLE)
+    return Lettered(jnp.asarray(checks.uncut(name, leaf)), "", WHOLE)
 
 
 def _fits(shape: Sequence[Any], letters: str, axes: Axes) -> bool:

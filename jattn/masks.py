@@ -237,7 +237,7 @@ class Chunks(Mask):
 
     def __post_init__(self) -> None:
         if self.shape is not None:
-            _set(self, shape=_ints("Chunks shape", self.shape, 1))
+            _set(self, shape=_grid("Chunks shape", self.shape))
         _set(self, size=_ints("Chunks size", self.size, 1, 1 if self.shape is None else len(self.shape)))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
@@ -279,7 +279,7 @@ class Neighborhood(Mask):
     dilation: Any = 1
 
     def __post_init__(self) -> None:
-        _set(self, shape=_ints("Neighborhood shape", self.shape, 1))
+        _set(self, shape=_grid("Neighborhood shape", self.shape))
         _set(self, radius=_ints("Neighborhood radius", self.radius, 0, len(self.shape), optional=True))
         _set(self, dilation=_ints("Neighborhood dilation", self.dilation, 1, len(self.shape)))
 
@@ -309,20 +309,20 @@ class Function(Mask):
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
-    letters: tuple[str | None, ...]
+    leaf_axes: tuple[str | None, ...]
     payload: ClassVar[tuple[str, ...]] = ("args",)
 
     def __init__(self, fn: Callable[..., Any], *args: Any, axes: Any = None) -> None:
         if not callable(fn):
             raise TypeError(f"Function fn must be callable, fn(q_pos, kv_pos, *args), got {fn!r}")
-        _set(self, fn=fn, args=args, letters=letters.letters_of_leaves(args, axes, "Function"))
+        _set(self, fn=fn, args=args, leaf_axes=letters.letters_of_leaves(args, axes, "Function"))
 
     def of_axes(self) -> list[tuple[Any, str]]:
-        each = zip(jax.tree.leaves(self.args), self.letters, strict=True)
+        each = zip(jax.tree.leaves(self.args), self.leaf_axes, strict=True)
         return [(array, own) for array, own in each if own is not None]
 
     def lettered(self, axes: Axes) -> "Function":
-        return self.replace(args=letters.lettered_leaves(self.args, self.letters, axes, "Function args"))
+        return self.replace(args=letters.lettered_leaves(self.args, self.leaf_axes, axes, "Function args"))
 
     def by_block(self, interval: Callable[[Any], Interval]) -> Callable[[Any, Any], Any]:
         return self  # whatever the arguments are
@@ -360,6 +360,14 @@ def _coordinates(pos: Any, shape: tuple[int, ...]) -> list[Any]:
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     first, *others = (pos // stride for stride in strides)
     return [first, *(c % size for c, size in zip(others, shape[1:], strict=True))]
+
+
+def _grid(name: str, given: Any) -> tuple[int, ...]:
+    """The sizes of a grid; as `_ints`, and ValueError if it has more positions than int32 can count."""
+    shape = _ints(name, given, 1)
+    if math.prod(shape) > _INT32.max:
+        raise ValueError(f"{name} must have at most {_INT32.max} positions in all, got {given!r}")
+    return shape
 
 
 def _ints(name: str, given: Any, least: int, axes: int | None = None, *, optional: bool = False) -> tuple[Any, ...]:

@@ -73,6 +73,7 @@ def _step(live: tuple[int, ...], guard: bool, state: Any, keep: Any, operands: A
     (s, v), (ds, dv) = _derivative(lambda block: block.logits(guarded), live, block, directions)
     e = softmax.exponentials(s, shift, keep)
     de = e * (ds if keep is None else jnp.where(keep, ds, 0))
+    # What moves the output, dl being what moves the lse.
     moves = jnp.where(_is_all(e, total[..., None]), 0, de)
     factor, dfactor = _derivative(lambda block: block.factor(guarded), live, block, directions)
     weights, dweights = (e, moves) if factor is None else (e * factor, moves * factor)
@@ -86,7 +87,10 @@ def _step(live: tuple[int, ...], guard: bool, state: Any, keep: Any, operands: A
 
 
 def _is_all(e: jax.Array, total: jax.Array) -> jax.Array:
-    """Whether a score has all the weight of its row: 1, but for what its last bits are when it is computed again."""
+    """Whether a score has all the weight of its row, or all but what rounds away beside 1.
+
+    Its e is 1, as l is exactly; but for the last bits, where it is computed otherwise than l was.
+    """
     return (total == 1) & (e > 1 - 2**-20)
 
 

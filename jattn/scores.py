@@ -208,22 +208,22 @@ class Function(Modifier):
 
     fn: Callable[..., Any]
     params: Any
-    letters: tuple[str | None, ...]
+    leaf_axes: tuple[str | None, ...]
     payload: ClassVar[tuple[str, ...]] = ("params",)
 
     def __init__(self, fn: Callable[..., Any], params: Any = (), *, axes: Any = None) -> None:
         if not callable(fn):
             raise TypeError(f"Function fn must be callable, fn(score, q_pos, kv_pos, params), got {fn!r}")
-        fields = dict(fn=fn, params=params, letters=letters.letters_of_leaves(params, axes, "Function"))
+        fields = dict(fn=fn, params=params, leaf_axes=letters.letters_of_leaves(params, axes, "Function"))
         for name, field in fields.items():
             object.__setattr__(self, name, field)
 
     def of_axes(self) -> list[tuple[Any, str]]:
-        each = zip(jax.tree.leaves(self.params), self.letters, strict=True)
+        each = zip(jax.tree.leaves(self.params), self.leaf_axes, strict=True)
         return [(array, own) for array, own in each if own is not None]
 
     def lettered(self, axes: Axes) -> "Function":
-        return self.replace(params=letters.lettered_leaves(self.params, self.letters, axes, "Function params"))
+        return self.replace(params=letters.lettered_leaves(self.params, self.leaf_axes, axes, "Function params"))
 
     def __call__(self, score: jax.Array, q_pos: Any, kv_pos: Any) -> jax.Array:
         changed: jax.Array = self.fn(score, q_pos, kv_pos, self.params)

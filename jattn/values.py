@@ -91,7 +91,7 @@ class Value:
 
     def _lettered(self, name: str, field: Any, axes: Axes) -> Any:
         if name in self.payload:
-            return jax.tree.map(letters.whole, field)
+            return jax.tree.map(lambda leaf: letters.whole(leaf, f"{type(self).__name__}.{name}"), field)
         if name in self.axes:
             return letters.lettered(field, self.axes[name], axes, f"{type(self).__name__}.{name}", self.ids)
         parts, tree = jax.tree.flatten(field, is_leaf=lambda leaf: isinstance(leaf, Value))

@@ -232,7 +232,7 @@ def test_a_mask_of_ones_own_knows_the_tokens_of_its_example(implementation):
     def same(q_pos, kv_pos, asking, asked, free):
         return (asking == asked) | free
 
-    mask = masks.Function(same, tokens, tokens, heads, axes=("T", "S", "N"))
+    mask = masks.Function(same, tokens, tokens, heads[None], axes=("T", "S", "N"))
     wanted = (tokens[:, None, :, None] == tokens[:, None, None, :]) | heads[:, None, None]
     np.testing.assert_array_equal(mask.to_array(T, S), wanted)
 
@@ -337,10 +337,66 @@ def test_axes_that_are_none_are_refused(name):
         make(array, axes=("N", "T"))
 
 
+@both
+def test_none_among_the_arrays_of_a_function(implementation):
+    q, k, v = operands()
+    f = lambda s, i, j, p: s * p["a"]  # noqa: E731
+    for axes in (None, "N", {"a": "N", "b": None}):
+        own = scores.Function(f, {"a": numbers(() if axes is None else (1,)), "b": None}, axes=axes)
+        got = jattn.attention(q, k, v, scores=own, implementation=implementation)
+        wanted = jattn.attention(q, k, v, scale=numbers(())[None] / np.sqrt(8), implementation="dense")
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    mask = masks.Function(lambda i, j, a, b: j <= i + b, None, np.int32(1))
+    np.testing.assert_array_equal(mask.to_array(T, S), masks.Window(None, 1).to_array(T, S))
+
+
+def test_a_picture_shows_the_first_of_examples_and_heads_only():
+    """What has axes of its own, or none, is not cut."""
+    rng = np.random.default_rng(0)
+    table = rng.random((B, N, T, S)) < 0.5
+    wanted = masks.Dense(table[0, 0]).picture(T, S)
+    assert masks.Dense(table).picture(T, S) == wanted
+    assert masks.Function(lambda i, j, t: pick(t, j), table[0, 0], axes="Tr").picture(T, S) == wanted
+    assert masks.Function(lambda i, j, t: pick(t, j), table, axes="NTr").picture(T, S) == wanted
+    assert masks.Function(lambda i, j, t: t[i, j, 0], table[0, 0][..., None]).picture(T, S) == wanted
+
+
+class Looked(masks.Mask):
+    """A mask of one's own with an array that belongs to no axis."""
+
+    table: jax.Array
+    payload: ClassVar = ("table",)
+
+    def __call__(self, q_pos, kv_pos):
+        return self.table[kv_pos]
+
+
+@both
+def test_a_mask_class_with_an_array_of_no_axis(implementation):
+    q, k, v = operands()
+    table = np.arange(S) % 2 == 0
+    got = jattn.attention(q, k, v, mask=Looked(jnp.asarray(table)), implementation=implementation)
+    np.testing.assert_allclose(got, jattn.attention(q, k, v, mask=table[None]), rtol=1e-5, atol=1e-5)
+
+
+def test_integers_of_a_function_are_not_cut():
+    ids = np.array([1, 2**32 + 1, 2**32 + 1, 1, 1, 2**32 + 1], np.int64)
+    f = lambda i, j, a, b: a == b  # noqa: E731
+    for axes in (("T", "S"), None):
+        with pytest.raises(ValueError, match=r"Function.*must be integers that fit int32, got 1 \.\.\. 4294967297"):
+            masks.Function(f, ids, ids, axes=axes).to_array(T, S)
+    with jax.enable_x64(True):
+        got = masks.Function(f, ids, ids, axes=("T", "S")).to_array(T, S)
+    np.testing.assert_array_equal(got, ids[:, None] == ids)
+
+
 def test_errors_of_a_function_with_axes():
     q, k, v = operands()
     wanted = r"scores: Function params must be \[..., N=4 or 1, r\] with batch dims ...=\(3,\)"
     with pytest.raises(ValueError, match=wanted):
         jattn.attention(q, k, v, scores=scores.Function(lambda s, i, j, a: s, np.ones((5, 2), np.float32), axes="Nr"))
+    for own, array in (("ab", np.ones(3, np.float32)), ("NTab", np.ones(5, np.float32))):
+        with pytest.raises(ValueError, match=r"Function params must be \[.*a, b\] with batch dims"):
+            jattn.attention(q, k, v, scores=scores.Function(lambda s, i, j, a: s, array, axes=own))
     with pytest.raises(ValueError, match="mask: Function args must be"):
         jattn.attention(q, k, v, mask=masks.Function(lambda i, j, a: i > j, np.ones(5, bool), axes="T"))

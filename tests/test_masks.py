@@ -464,6 +464,12 @@ WRONG = {
     "a tile of two axes on a line": (lambda: masks.Chunks((2, 2)), ValueError, "Chunks size.*1 axes"),
     "a tile of one axis": (lambda: masks.Chunks((2,), (4, 4)), ValueError, "Chunks size.*2 axes"),
     "no axis": (lambda: masks.Neighborhood((), 1), ValueError, "Neighborhood shape"),
+    "more positions than there are": (
+        lambda: masks.Neighborhood((2**15, 2**15, 2), 1),
+        ValueError,
+        "Neighborhood shape must have at most 2147483647 positions",
+    ),
+    "more tiles than there are": (lambda: masks.Chunks((2, 2), (2**20, 2**20)), ValueError, "Chunks shape.*at most"),
     "an empty axis": (lambda: masks.Neighborhood((4, 0), 1), ValueError, "Neighborhood shape.*from 1"),
     "negative radius": (lambda: masks.Neighborhood((4, 4), -1), ValueError, "Neighborhood radius.*from 0.*-1"),
     "three radii": (lambda: masks.Neighborhood((4, 4), (1, 1, 1)), ValueError, "Neighborhood radius.*2 axes"),
@@ -582,6 +588,16 @@ def test_a_grid_among_other_tokens():
     wanted[:6, :6] = image.to_array(6, 6)
     np.testing.assert_array_equal(both.to_array(8, 8), wanted)
     np.testing.assert_array_equal(np.asarray(image.to_array(8, 8))[6:], False)
+
+
+def test_the_largest_grid_at_the_last_positions():
+    """2^31 - 1 positions in one row; positions that are known only when it runs."""
+    mask, last = masks.Neighborhood((1, 2**31 - 1), 1), 2**31 - 4
+    x = jax.random.normal(jax.random.key(0), (3, 1, 4))
+    at = jnp.arange(3, dtype=jnp.int32) + last
+    got = jax.jit(lambda at: jattn.attention(x, x, x, mask=mask, q_positions=at, kv_positions=at))(at)
+    wanted = jattn.attention(x, x, x, mask=masks.Window(1, 1))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("xp", [np, jnp], ids=["known", "traced"])

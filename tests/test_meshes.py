@@ -95,6 +95,18 @@ def test_more_devices_on_the_heads_than_key_heads_share_nothing(differentiated, 
             assert_close(np.asarray(compiled(*placed)), np.asarray(wanted), 1e-5)
 
 
+def test_explain_tells_of_the_program_for_the_mesh():
+    """For arrays that lie on it, for descriptions of these, and for such as lie nowhere."""
+    q, k, v, _ = draw()
+    blocks = jattn.Blockwise(4, 4)
+    assert jattn.explain(q, k, v, implementation=blocks).block_sizes[:2] == (1, 1)
+    with jax.set_mesh(MESH):
+        placed = [put(a, BATCH) for a in (q, k, v)]
+        described = jax.eval_shape(lambda *x: x, *placed)
+        for x in (placed, described, [np.asarray(a) for a in (q, k, v)]):
+            assert jattn.explain(*x, implementation=blocks).block_sizes[:2] == (B, K)
+
+
 def test_heads_and_keys_along_one_axis_of_the_mesh():
     q, k, v, _ = draw()
     wanted = jattn.attention(q, k, v)

@@ -55,9 +55,7 @@ class Dense:
     def forward(self, plan: Plan, problem: Problem) -> Running:
         """Attends: m and l `[*letters of q]`, o `[*letters of q, V]`."""
         block, order = problem.whole(plan.target), problem.order()
-        state = block.consume(
-            block.start(), block.keep(), plan.guard
-        )  # guarding copies keys and values, all of them here
+        state = block.consume(block.start(), block.keep(), plan.guard)
         back: Running = jax.tree.map(lambda x: letters.fit(x, order.rows, problem.q.letters), state)
         return back
 
