@@ -24,6 +24,7 @@ from jattn.projection import project as project
 from jattn.retrieval import enrich as enrich
 from jattn.retrieval import lookup as lookup
 from jattn.retrieval import multi_hot as multi_hot
+from jattn.rotary import Rotary as Rotary
 from jattn.scores import Dropout as Dropout
 from jattn.softmax import merge as merge
 from jattn.version import __version__ as __version__

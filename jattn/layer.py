@@ -10,6 +10,7 @@ from jattn import checks
 from jattn.dispatch import Choices, attention
 from jattn.params import Params
 from jattn.projection import project, project_out
+from jattn.rotary import Rotary
 
 
 def attend(
@@ -17,6 +18,7 @@ def attend(
     x: ArrayLike,
     context: ArrayLike | None = None,
     *,
+    rotary: Rotary | None = None,
     out_sharding: Any = None,
     **options: Unpack[Choices],
 ) -> jax.Array:
@@ -30,6 +32,8 @@ def attend(
       context: `[..., S, C]` rows that are asked (cross-attention). None: `x`.
       **options: mask, scores, scale, key_scale, value_scale, q_offset, q_positions, kv_positions, dropout and
         implementation, as in `attention`.
+      rotary: a `jattn.Rotary`, by which queries and keys are turned where `q_offset`, `q_positions` and `kv_positions`
+        say that they stand. None: they are not.
       out_sharding: a `jax.P` or sharding, how the result is to lie in a mesh with explicit axes. None: its rows as
         those of `x`, its width as that of `wo`.
 
@@ -40,11 +44,29 @@ def attend(
       ValueError, TypeError: as in `project` and `attention`.
     """
     query, key, value = project(params, x, context)
+    if rotary is not None:
+        query, key = _turned(rotary, query, key, options)
     return project_out(params, attention(query, key, value, **options), out_sharding)
 
 
+def _turned(rotary: Rotary, query: jax.Array, key: jax.Array, options: Choices) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys turned where they stand."""
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a jattn.Rotary or None, got {rotary!r}")
+    q_positions, offset = options.get("q_positions"), options.get("q_offset")
+    if q_positions is None and offset is not None:
+        start = checks.integer("q_offset", offset)
+        q_positions = start[..., None] + jnp.arange(query.shape[-3], dtype=jnp.int32)
+    return rotary(query, q_positions), rotary(key, options.get("kv_positions"))
+
+
 def context_vector(
-    params: Params, x: ArrayLike, context: ArrayLike | None = None, **options: Unpack[Choices]
+    params: Params,
+    x: ArrayLike,
+    context: ArrayLike | None = None,
+    *,
+    rotary: Rotary | None = None,
+    **options: Unpack[Choices],
 ) -> jax.Array:
     """Sums the attended rows into one vector.
 
@@ -53,7 +75,7 @@ def context_vector(
     Sums are taken in float32 or wider.
 
     Args:
-      params: `Params`. x: `[..., T, D]`. context: `[..., S, C]` or None. **options: as in `attend`.
+      params: `Params`. x: `[..., T, D]`. context: `[..., S, C]` or None. rotary, **options: as in `attend`.
 
     Returns:
       `[..., E]`, or `[..., N*V]` without an output projection.
@@ -61,5 +83,5 @@ def context_vector(
     Raises:
       ValueError, TypeError: as in `attend`.
     """
-    rows = attend(params, x, context, **options)
+    rows = attend(params, x, context, rotary=rotary, **options)
     return jnp.sum(rows, axis=-2, dtype=checks.wide(rows)).astype(rows.dtype)

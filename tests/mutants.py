@@ -29,6 +29,24 @@ MASKS, SCORES, MERGE = "test_masks.py", "test_scores.py", "test_merge.py"
 
 MUTANTS = [
     Mutant(
+        "jattn/rotary.py",
+        "carry = carry + _u32((high * last.astype(jnp.int32)) >> 16)",
+        "carry = carry * 0",
+        ("test_rotary.py::test_angles_are_right_at_every_int32_position",),
+    ),
+    Mutant(
+        "jattn/rotary.py",
+        "if given is None and all(scales):",
+        "if False:",
+        ("test_rotary.py::test_configurations",),
+    ),
+    Mutant(
+        "jattn/layer.py",
+        "if q_positions is None and offset is not None:",
+        "if False:",
+        ("test_rotary.py::test_in_the_layer",),
+    ),
+    Mutant(
         "jattn/dispatch.py",
         "if times == 1 or query",
         "if times or query",

@@ -28,6 +28,7 @@ ORDER = (
     "scores",
     "softmax",
     "projection",
+    "rotary",
     "target",
     "problem",
     "visits",
@@ -132,7 +133,7 @@ def test_the_library_stays_small():
     size = {name: len(code_lines(name)) for name in FILES}
     apart = ("plot", "__main__", "rule", "operations", "autodiff")
     core = [name for name in FILES if name not in apart and not name.startswith(("implementations/", "tour/"))]
-    assert sum(size[name] for name in core) <= 2300, size
+    assert sum(size[name] for name in core) <= 2600, size
     assert max(size.values()) <= 300, size
     assert max(size["rule"], size["operations"], size["autodiff"]) <= 250, size
 
@@ -211,6 +212,7 @@ CONTRACT = {
         "Blockwise",
         "Dropout",
         "Params",
+        "Rotary",
         "__version__",
         "attend",
         "attention",
