@@ -203,22 +203,9 @@ def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bo
     array = array if hasattr(array, "dtype") else jnp.asarray(array)  # a number that took the place of an array
     named = own_axes.rstrip(string.ascii_lowercase)
     count = np.ndim(array) - (len(own_axes) - len(named))  # of axes that may have letters
-    shape = np.shape(array)[: max(count, 0)]
-    split = max(len(shape) - len(named), 0)
-    lead, own = axes.batch[len(axes.batch) - split :], named[len(named) - (len(shape) - split) :]
-    if split == len(axes.batch) + 1 and not {"N", "K"} & {*named}:
-        lead, own = axes.batch, "N" + own
-    letters = lead + own
-    if count < 0 or len(letters) != len(shape) or not _fits(shape, letters, axes):
-        N = axes["K"] * axes["G"]
-        heads = "" if {"N", "K"} & {*named} else f", or with one more leading dim for the N={N} heads"
-        wanted = ", ".join(
-            ["..."] + [f"{a}={N if a == 'N' else axes[a]} or 1" for a in named] + [*own_axes[len(named) :]]
-        )
-        raise ValueError(
-            f"{name} must be [{wanted}] with batch dims ...={axes.shape(axes.batch)}{heads}; "
-            f"got shape {np.shape(array)}"
-        )
+    letters, shape = _aligned(named, count, axes), np.shape(array)[: max(count, 0)]
+    if letters is None or not _fits(shape, letters, axes):
+        raise ValueError(f"{name} must be {_spelled(own_axes, named, axes)}; got shape {np.shape(array)}")
     if "N" in named and len(named) > 1:
         refuse_two_readings(name, shape, named, axes)
     if jnp.issubdtype(array.dtype, jnp.integer):
@@ -228,6 +215,24 @@ def lettered(array: Any, own_axes: str, axes: Axes, name: str, keep_integers: bo
         parted = (1, 1) if is_one(size) else axes.shape("KG")
         sizes += parted if letter == "N" else [size]
     return Lettered.bare(array.reshape((*sizes, *array.shape[len(shape) :])), letters.replace("N", "KG"))
+
+
+def _aligned(named: str, count: int, axes: Axes) -> str | None:
+    """The letters of so many axes, aligned right with the batch and `named`; None if there are too many, or too few."""
+    every = axes.batch + named
+    if 0 <= count <= len(every):
+        return every[len(every) - count :]
+    heads_are_left = not {"N", "K"} & {*named} and count == len(every) + 1
+    return axes.batch + "N" + named if heads_are_left else None
+
+
+def _spelled(own_axes: str, named: str, axes: Axes) -> str:
+    """The shape that an array is to have, for an error."""
+    N = axes["K"] * axes["G"]
+    sizes = [f"{a}={N if a == 'N' else axes[a]} or 1" for a in named]
+    heads = "" if {"N", "K"} & {*named} else f", or with one more leading dim for the N={N} heads"
+    wanted = ", ".join(["...", *sizes, *own_axes[len(named) :]])
+    return f"[{wanted}] with batch dims ...={axes.shape(axes.batch)}{heads}"
 
 
 def lettered_leaves(tree: Any, letters: Sequence[str | None], axes: Axes, name: str) -> Any:

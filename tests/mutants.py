@@ -292,8 +292,8 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/letters.py",
-        'lead, own = axes.batch, "N" + own',
-        "lead, own = axes.batch, own",
+        'return axes.batch + "N" + named if heads_are_left else None',
+        "return axes.batch + named if heads_are_left else None",
         (
             f"{SCORES}::test_each_modifier_against_numpy",
             f"{MASKS}::test_a_mask_is_as_drawn",

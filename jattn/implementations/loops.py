@@ -119,26 +119,27 @@ class _Nest(NamedTuple):
 
         Loops within one another would copy each example for the loop over its heads.
         """
-        blocks, forms = self.plan.blocks, [leaves[0].letters]
-        axes = "".join(axis for axis in axes if axis in forms[0] and leaves[0].size(axis) != blocks[axis])
-        counts = [-(-leaves[0].size(axis) // blocks[axis]) for axis in axes]
+        blocks, rows = self.plan.blocks, leaves[0].letters
+        looped = [axis for axis in axes if axis in rows and leaves[0].size(axis) != blocks[axis]]
+        counts = [-(-leaves[0].size(axis) // blocks[axis]) for axis in looped]
+        if not looped:
+            return self.head(leaves)
 
         def body(i: Any) -> Any:
             starts = {}
-            for axis, count in zip(reversed(axes), reversed(counts), strict=True):
+            for axis, count in zip(reversed(looped), reversed(counts), strict=True):
                 starts[axis] = i % count * blocks[axis]
                 i = i // count
             return self.head([leaf.slice(starts, blocks, barrier=self.plan.target.is_cpu) for leaf in leaves])
 
-        if not axes:
-            return self.head(leaves)
         results = lax.map(checkpointed(body), jnp.arange(math.prod(counts), dtype=jnp.int32))
         results = jax.tree.map(lambda result: result.reshape((*counts, *result.shape[1:])), results)
-        for axis in axes:
-            forms.append(letters.within(forms[-1], axis, blocks[axis]))
-        for depth, axis in reversed(list(enumerate(axes))):
-            join = functools.partial(_joined, forms[depth], axis, blocks[axis])
-            for _ in range(depth):
+        within = [rows]  # the letters that the rows have inside of each loop
+        for axis in looped:
+            within.append(letters.within(within[-1], axis, blocks[axis]))
+        for depth, axis in reversed(list(enumerate(looped))):
+            join = functools.partial(_joined, within[depth], axis, blocks[axis])
+            for _ in range(depth):  # the axes of outer loops are still in front
                 join = jax.vmap(join)
             results = jax.tree.map(join, results)
         return results
