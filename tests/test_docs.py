@@ -160,7 +160,7 @@ def imported(folder):
     ("folder", "extra", "optional"),
     [
         ("jattn", None, {"matplotlib"}),
-        ("tests", "test", {"torch", "libtpu", "griffe"}),
+        ("tests", "test", {"torch", "transformers", "libtpu", "griffe"}),
         ("bench", "bench", set()),
         ("docs", "docs", set()),
     ],
@@ -175,8 +175,9 @@ def test_what_is_imported_is_declared_and_the_other_way_round(folder, extra, opt
 
 def test_every_extra_is_looked_at():
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"plot", "test", "bench", "docs", "dev", "tpu"}
+    assert set(extras) == {"plot", "test", "bench", "goldens", "docs", "dev", "tpu"}
     assert declared(extras["plot"]) == {"matplotlib"} <= imported("jattn")
+    assert declared(extras["goldens"]) == {"torch", "transformers"} <= imported("tests")
     assert declared(extras["dev"]) == COMMANDS["dev"] and declared(extras["tpu"]) == COMMANDS["tpu"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert all(f".venv/bin/{tool}" in ci for tool in (*COMMANDS["dev"], "mkdocs build --strict"))
