@@ -42,10 +42,7 @@ def int32(name: str, array: Any) -> jax.Array:
     if isinstance(array, jax.core.Tracer):
         least, greatest = max(own.min, limits.min), min(own.max, limits.max)
         return jnp.clip(array, np.array(least, array.dtype), np.array(greatest, array.dtype)).astype(jnp.int32)
-    known = np.asarray(array)
-    if known.size and not (limits.min <= known.min() and known.max() <= limits.max):
-        raise ValueError(f"{name} must be integers that fit int32, got {known.min()} ... {known.max()}")
-    return jnp.asarray(known.astype(np.int32))
+    return jnp.asarray(_held(name, array, np.dtype(np.int32)).astype(np.int32))
 
 
 def boolean(name: str, array: Any) -> jax.Array:
@@ -81,11 +78,15 @@ def uncut(name: str, array: Any) -> Any:
     if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended) or jax.dtypes.canonicalize_dtype(dtype) == dtype:
         return array
     kept = jax.dtypes.canonicalize_dtype(dtype)
-    if jnp.issubdtype(dtype, jnp.integer) and np.size(array):
-        limits, known = np.iinfo(kept), np.asarray(array)
-        if not (limits.min <= known.min() and known.max() <= limits.max):
-            raise ValueError(f"{name} must be integers that fit {kept}, got {known.min()} ... {known.max()}")
-    return array
+    return _held(name, array, kept) if jnp.issubdtype(dtype, jnp.integer) else array
+
+
+def _held(name: str, array: Any, dtype: Any) -> np.ndarray:
+    """Known integers; ValueError for those that a dtype cannot hold."""
+    limits, known = np.iinfo(dtype), np.asarray(array)
+    if known.size and not (limits.min <= known.min() and known.max() <= limits.max):
+        raise ValueError(f"{name} must be integers that fit {dtype}, got {known.min()} ... {known.max()}")
+    return known
 
 
 def carried(name: str, array: Any, kind: Any, least_rank: int, *, optional: bool = False) -> None:

@@ -245,6 +245,11 @@ def lettered_leaves(tree: Any, letters: Sequence[str | None], axes: Axes, name: 
     return jax.tree.unflatten(structure, done)
 
 
+def leaves_of_axes(tree: Any, letters: Sequence[str | None]) -> list[tuple[Any, str]]:
+    """Returns the leaves of a pytree that belong to axes, each with its letters."""
+    return [(leaf, own) for leaf, own in zip(jax.tree.leaves(tree), letters, strict=True) if own is not None]
+
+
 def letters_of_leaves(tree: Any, axes: Any, name: str) -> tuple[str | None, ...]:
     """Returns the letters of each leaf, from a pytree of letters that has the tree's structure, as far as it goes."""
     try:

@@ -237,16 +237,15 @@ class Chunks(Mask):
 
     def __post_init__(self) -> None:
         if self.shape is not None:
-            _set(self, shape=_grid("Chunks shape", self.shape))
-        _set(self, size=_ints("Chunks size", self.size, 1, 1 if self.shape is None else len(self.shape)))
+            self._set(shape=_grid("Chunks shape", self.shape))
+        self._set(size=_ints("Chunks size", self.size, 1, 1 if self.shape is None else len(self.shape)))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         if self.shape is None:
             return q_pos // self.size[0] == kv_pos // self.size[0]
         allowed = _inside(q_pos, self.shape) & _inside(kv_pos, self.shape)
-        for q, kv, size in zip(
-            _coordinates(q_pos, self.shape), _coordinates(kv_pos, self.shape), self.size, strict=True
-        ):
+        coordinates = (_coordinates(pos, self.shape) for pos in (q_pos, kv_pos))
+        for q, kv, size in zip(*coordinates, self.size, strict=True):
             allowed = allowed & (q // size == kv // size)
         return allowed
 
@@ -279,14 +278,14 @@ class Neighborhood(Mask):
     dilation: Any = 1
 
     def __post_init__(self) -> None:
-        _set(self, shape=_grid("Neighborhood shape", self.shape))
-        _set(self, radius=_ints("Neighborhood radius", self.radius, 0, len(self.shape), optional=True))
-        _set(self, dilation=_ints("Neighborhood dilation", self.dilation, 1, len(self.shape)))
+        self._set(shape=_grid("Neighborhood shape", self.shape))
+        self._set(radius=_ints("Neighborhood radius", self.radius, 0, len(self.shape), optional=True))
+        self._set(dilation=_ints("Neighborhood dilation", self.dilation, 1, len(self.shape)))
 
     def __call__(self, q_pos: Any, kv_pos: Any) -> Any:
         allowed = _inside(q_pos, self.shape) & _inside(kv_pos, self.shape)
-        coordinates = (_coordinates(q_pos, self.shape), _coordinates(kv_pos, self.shape), self.radius, self.dilation)
-        for q, kv, radius, dilation in zip(*coordinates, strict=True):
+        coordinates = (_coordinates(pos, self.shape) for pos in (q_pos, kv_pos))
+        for q, kv, radius, dilation in zip(*coordinates, self.radius, self.dilation, strict=True):
             if radius is not None:
                 far = min(radius * dilation, _INT32.max)
                 allowed = allowed & (kv >= _earlier(q, far)) & (kv <= _later(q, far))
@@ -315,11 +314,10 @@ class Function(Mask):
     def __init__(self, fn: Callable[..., Any], *args: Any, axes: Any = None) -> None:
         if not callable(fn):
             raise TypeError(f"Function fn must be callable, fn(q_pos, kv_pos, *args), got {fn!r}")
-        _set(self, fn=fn, args=args, leaf_axes=letters.letters_of_leaves(args, axes, "Function"))
+        self._set(fn=fn, args=args, leaf_axes=letters.letters_of_leaves(args, axes, "Function"))
 
     def of_axes(self) -> list[tuple[Any, str]]:
-        each = zip(jax.tree.leaves(self.args), self.leaf_axes, strict=True)
-        return [(array, own) for array, own in each if own is not None]
+        return letters.leaves_of_axes(self.args, self.leaf_axes)
 
     def lettered(self, axes: Axes) -> "Function":
         return self.replace(args=letters.lettered_leaves(self.args, self.leaf_axes, axes, "Function args"))
@@ -381,9 +379,3 @@ def _ints(name: str, given: Any, least: int, axes: int | None = None, *, optiona
     if not all(one is None or least <= one <= _INT32.max for one in each):
         raise ValueError(f"{name} must be from {least} to {_INT32.max}, got {given!r}")
     return tuple(None if one is None else int(one) for one in each)
-
-
-def _set(mask: Mask, **fields: Any) -> None:
-    """Sets fields of a mask that is being made."""
-    for name, field in fields.items():
-        object.__setattr__(mask, name, field)

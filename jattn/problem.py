@@ -299,8 +299,8 @@ def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options
     if any(options.get(name) is not None for name in ("q_positions", "kv_positions")):
         mask = algebra.placed(mask)
     scale = _scale(options.get("scale"), H)
-    k_scale, v_scale = (_stored_scale(name, x, options, axes) for name, x in (("key", key), ("value", value)))
     wide = checks.wide(query, key, value)
+    k_scale, v_scale = (_stored_scale(name, x, options, axes, wide) for name, x in (("key", key), ("value", value)))
     sink = next((score for score in modifiers if isinstance(score, Sink)), None)
     q = query.reshape((*batch, T, K, N // K, H))
     return Problem(
@@ -308,8 +308,8 @@ def lay_out(query: jax.Array, key: jax.Array, value: jax.Array, options: Options
         k=Lettered.bare(key, axes.batch + "SK", KEYS, "S"),
         v=Lettered.bare(value, axes.batch + "SK", KEYS, "S"),
         scale=lettered(scale.astype(wide), "N", axes, "scale"),
-        k_scale=None if k_scale is None else k_scale.replace(k_scale.array.astype(wide)),
-        v_scale=None if v_scale is None else v_scale.replace(v_scale.array.astype(wide)),
+        k_scale=k_scale,
+        v_scale=v_scale,
         mask=_lettered("mask", mask, axes),
         modifiers=tuple(_lettered("scores", m, axes) for m in modifiers if isinstance(m, Modifier)),
         sink=None if sink is None else _lettered("scores", sink, axes),
@@ -346,7 +346,7 @@ def _scale(scale: Any, H: int) -> jax.Array:
     return number
 
 
-def _stored_scale(name: str, operand: jax.Array, options: Options, axes: Axes) -> Lettered | None:
+def _stored_scale(name: str, operand: jax.Array, options: Options, axes: Axes, wide: Any) -> Lettered | None:
     """What one of a key or value stands for, `[..., S, K]`; None if for itself."""
     given: Any = options.get(f"{name}_scale")
     if given is None:
@@ -358,7 +358,7 @@ def _stored_scale(name: str, operand: jax.Array, options: Options, axes: Axes) -
         raise ValueError(
             f"{name}_scale must be [..., S, K] with batch dims ...={axes.shape(axes.batch)}, got {array.shape}"
         )
-    return lettered(array, "SK", axes, f"{name}_scale")
+    return lettered(array.astype(wide), "SK", axes, f"{name}_scale")
 
 
 def _check_shape(name: str, array: jax.Array, spelled: str, sizes: tuple[Any, ...]) -> None:

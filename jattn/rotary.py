@@ -85,7 +85,7 @@ class Rotary(Value):
         for name in ("sections", "frequencies"):
             given = getattr(self, name)
             if given is not None:
-                object.__setattr__(self, name, tuple(given))
+                self._set(**{name: tuple(given)})
         if self.sections is not None and sum(self.sections) != self.width // 2:
             raise ValueError(f"Rotary sections must have width / 2 = {self.width // 2} in all, got {self.sections}")
         if self.frequencies is not None and len(self.frequencies) != self.width // 2:
@@ -127,7 +127,7 @@ class Rotary(Value):
         if self.width < 4:
             raise ValueError(f"Rotary.ntk needs a width of at least 4, got {self.width}")
         theta = self.theta * _positive("factor", factor) ** (self.width / (self.width - 2))
-        return self._with(theta ** (-np.arange(0, self.width, 2, dtype=np.float64) / self.width))
+        return self._with(self.replace(theta=theta)._plain())
 
     def dynamic(self, factor: float, *, original: int, length: int) -> "Rotary":
         """Returns it for a length: `ntk(factor n / original - (factor - 1))`, n = max(length, original).
@@ -265,7 +265,6 @@ class Rotary(Value):
         return np.asarray(self.theta ** (-np.arange(0, self.width, 2, dtype=np.float64) / self.width))
 
     def _with(self, w: np.ndarray, factor: float = 1.0) -> "Rotary":
-        self._plain()
         return self.replace(frequencies=tuple(map(float, w)), factor=self.factor * factor)
 
     def _checked(self, positions: ArrayLike | None, x: jax.Array) -> jax.Array:

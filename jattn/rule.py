@@ -75,10 +75,10 @@ def _step(live: tuple[int, ...], guard: bool, state: Any, keep: Any, operands: A
     de = e * (ds if keep is None else jnp.where(keep, ds, 0))
     # What moves the output, dl being what moves the lse.
     moves = jnp.where(_is_all(e, total[..., None]), 0, de)
-    factor, dfactor = _derivative(lambda block: block.factor(guarded), live, block, directions)
+    factor = block.factor(guarded)
     weights, dweights = (e, moves) if factor is None else (e * factor, moves * factor)
-    if block.at.v_scale is not None:
-        dweights = dweights + e * dfactor
+    if block.at.v_scale is not None:  # dropout alone has no derivative
+        dweights = dweights + e * _derivative(lambda block: block.factor(guarded), live, block, directions)[1]
     # Changes of weights meet wide values, unrounded: what is common to a row's scores cancels out in the end.
     change = block.weigh(dweights, v.astype(dweights.dtype)) + block.weigh(weights, dv)
     if block.at.sink is not None and keep is not None:  # else a row without keys is put to 0 in the end

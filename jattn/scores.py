@@ -214,13 +214,10 @@ class Function(Modifier):
     def __init__(self, fn: Callable[..., Any], params: Any = (), *, axes: Any = None) -> None:
         if not callable(fn):
             raise TypeError(f"Function fn must be callable, fn(score, q_pos, kv_pos, params), got {fn!r}")
-        fields = dict(fn=fn, params=params, leaf_axes=letters.letters_of_leaves(params, axes, "Function"))
-        for name, field in fields.items():
-            object.__setattr__(self, name, field)
+        self._set(fn=fn, params=params, leaf_axes=letters.letters_of_leaves(params, axes, "Function"))
 
     def of_axes(self) -> list[tuple[Any, str]]:
-        each = zip(jax.tree.leaves(self.params), self.leaf_axes, strict=True)
-        return [(array, own) for array, own in each if own is not None]
+        return letters.leaves_of_axes(self.params, self.leaf_axes)
 
     def lettered(self, axes: Axes) -> "Function":
         return self.replace(params=letters.lettered_leaves(self.params, self.leaf_axes, axes, "Function params"))

@@ -79,6 +79,11 @@ class Value:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(_show, self.fields().values()))})"
 
+    def _set(self, **fields: Any) -> None:
+        """Sets fields of a value that is being made."""
+        for name, field in fields.items():
+            object.__setattr__(self, name, field)
+
     def of_axes(self) -> list[tuple[Any, str]]:
         """The arrays that belong to axes, each with those that it has behind its leading dims."""
         return [(getattr(self, name), own) for name, own in self.axes.items()]
@@ -105,8 +110,7 @@ class Value:
     def replace(self, **changes: Any) -> Self:
         """Returns the value with some fields changed, unchecked."""
         value = object.__new__(type(self))
-        for name, field in (self.fields() | changes).items():
-            object.__setattr__(value, name, field)
+        value._set(**self.fields() | changes)
         return value
 
 

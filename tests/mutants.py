@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "jattn/rule.py",
-        "dweights = dweights + e * dfactor",
+        "dweights = dweights + e * _derivative(lambda block: block.factor(guarded), live, block, directions)[1]",
         "pass",
         ("test_caches.py::test_scales_of_every_kind",),
     ),
